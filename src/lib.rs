@@ -1,0 +1,1 @@
+//! payment-sim: the payment gateway that teams can load-test, break and replay.
