@@ -1,0 +1,208 @@
+//! Identifiers. One time-ordered 26-character id (a ULID) names a payment; every other id is
+//! derived from it, so that nothing has to be stored to give the same answer twice.
+
+use std::fmt;
+
+use hmac::{Hmac, KeyInit, Mac};
+use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
+use ulid::Ulid;
+
+use super::time::Timestamp;
+
+const INTENT_PREFIX: &str = "pi_";
+const PAYMENT_PREFIX: &str = "pay_";
+const CLIENT_SECRET_CHARS: usize = 24;
+const APPROVAL_NO_MODULUS: u64 = 10_000_000_000;
+
+/// The id of a payment: 48 bits of Unix milliseconds, then 80 bits that are unique.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct PaymentId([u8; 16]);
+
+impl PaymentId {
+    pub const fn from_bytes(bytes: [u8; 16]) -> Self {
+        Self(bytes)
+    }
+
+    pub const fn bytes(&self) -> &[u8; 16] {
+        &self.0
+    }
+
+    /// `unique` fills the lower 80 bits; its upper 48 bits are ignored.
+    pub const fn from_parts(at: Timestamp, unique: u128) -> Self {
+        Self(Ulid::from_parts(at.ms().unsigned_abs(), unique).to_bytes())
+    }
+
+    /// The smallest id that can be made at `at`: ids below it are older.
+    pub const fn floor(at: Timestamp) -> Self {
+        Self::from_parts(at, 0)
+    }
+
+    /// The moment that the id was made.
+    pub const fn made_at(&self) -> Timestamp {
+        Timestamp::from_ms(Ulid::from_bytes(self.0).timestamp_ms().cast_signed())
+    }
+
+    /// Reads `pi_…` or `pay_…`: every call that takes one takes either.
+    pub fn parse(text: &str) -> Option<Self> {
+        let body =
+            text.strip_prefix(INTENT_PREFIX).or_else(|| text.strip_prefix(PAYMENT_PREFIX))?;
+        let ulid = Ulid::from_string(body).ok()?;
+        // Crockford's alphabet has aliases (I for 1, lower case): one payment has one spelling.
+        (ulid.to_string() == body).then(|| Self(ulid.to_bytes()))
+    }
+
+    /// The 26 characters without a prefix.
+    pub fn bare(&self) -> String {
+        Ulid::from_bytes(self.0).to_string()
+    }
+
+    pub fn intent(&self) -> String {
+        format!("{INTENT_PREFIX}{self}")
+    }
+
+    pub fn payment(&self) -> String {
+        format!("{PAYMENT_PREFIX}{self}")
+    }
+
+    pub fn transaction(&self) -> String {
+        format!("txn_{self}")
+    }
+
+    pub fn event(&self, n: u32) -> String {
+        format!("evt_{self}_{n}")
+    }
+
+    pub fn delivery(&self, n: u32, channel: &str) -> String {
+        format!("dlv_{self}_{n}_{channel}")
+    }
+
+    pub fn refund(&self, n: usize) -> String {
+        format!("re_{self}_{n}")
+    }
+
+    /// `AP` and 10 digits, spread evenly over the ids.
+    pub fn approval_no(&self) -> String {
+        let digest = Sha256::digest(self.0);
+        let mut head = [0; 8];
+        head.copy_from_slice(&digest[..8]);
+        format!("AP{:010}", u64::from_be_bytes(head) % APPROVAL_NO_MODULUS)
+    }
+
+    /// `pi_…_secret_` and 24 characters that only the holder of `secret` can make.
+    pub fn client_secret(&self, secret: &StoreSecret) -> String {
+        let tag = secret.tag(b"client_secret", &[&self.0]);
+        let mut text = hex::encode(tag);
+        text.truncate(CLIENT_SECRET_CHARS);
+        format!("{}_secret_{text}", self.intent())
+    }
+}
+
+impl fmt::Display for PaymentId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(&Ulid::from_bytes(self.0), f)
+    }
+}
+
+impl fmt::Debug for PaymentId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{self}")
+    }
+}
+
+/// The key that a store is born with: it keys every hash that is stored, so that a copy of the
+/// hashes tells nothing of what went in.
+#[derive(Clone)]
+pub struct StoreSecret([u8; 32]);
+
+impl StoreSecret {
+    pub const fn new(bytes: [u8; 32]) -> Self {
+        Self(bytes)
+    }
+
+    pub const fn bytes(&self) -> &[u8; 32] {
+        &self.0
+    }
+
+    /// A keyed hash of `parts` under a purpose of its own. Each part is preceded by its length, so
+    /// that no two lists of parts look alike.
+    pub fn tag(&self, purpose: &[u8], parts: &[&[u8]]) -> [u8; 16] {
+        let mut mac =
+            Hmac::<Sha256>::new_from_slice(&self.0).expect("HMAC takes a key of any length");
+        for part in std::iter::once(&purpose).chain(parts) {
+            mac.update(&(part.len() as u64).to_be_bytes());
+            mac.update(part);
+        }
+        let mut tag = [0; 16];
+        tag.copy_from_slice(&mac.finalize().into_bytes()[..16]);
+        tag
+    }
+}
+
+impl fmt::Debug for StoreSecret {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("StoreSecret(redacted)")
+    }
+}
+
+/// Keyed hash of an idempotency key with its scope (session and RPC).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct KeyHash(pub [u8; 16]);
+
+/// Keyed hash of a request without its key.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct RequestHash(pub [u8; 16]);
+
+/// An idempotency key as it is compared and stored.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Idempotency {
+    pub key: KeyHash,
+    pub request: RequestHash,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn id() -> PaymentId {
+        PaymentId::from_parts(Timestamp::from_ms(1_767_225_600_123), 42)
+    }
+
+    #[test]
+    fn either_prefix_names_the_same_payment() {
+        assert_eq!(PaymentId::parse(&id().intent()), Some(id()));
+        assert_eq!(PaymentId::parse(&id().payment()), Some(id()));
+        assert_eq!(id().bare().len(), 26);
+        assert_eq!(id().made_at().ms(), 1_767_225_600_123);
+    }
+
+    #[test]
+    fn other_spellings_are_refused() {
+        let text = id().intent();
+        for wrong in [&text[3..], &text.to_lowercase(), "pi_", "", &text[..20], "txn_01"] {
+            assert_eq!(PaymentId::parse(wrong), None, "{wrong}");
+        }
+        assert_eq!(PaymentId::parse(&format!("pi_{}", "Z".repeat(26))), None);
+        assert_eq!(PaymentId::parse("pi_é123456789012345678901234"), None);
+    }
+
+    #[test]
+    fn derived_ids_have_the_contracts_shape() {
+        let approval = id().approval_no();
+        assert_eq!(approval.len(), 12);
+        assert!(approval.starts_with("AP") && approval[2..].bytes().all(|b| b.is_ascii_digit()));
+        let secret = id().client_secret(&StoreSecret::new([7; 32]));
+        let tail = secret.strip_prefix(&format!("{}_secret_", id().intent())).map(str::len);
+        assert_eq!(tail, Some(24));
+        assert_eq!(id().event(3), format!("evt_{}_3", id().bare()));
+    }
+
+    #[test]
+    fn tags_depend_on_key_purpose_and_the_cut_between_parts() {
+        let secret = StoreSecret::new([1; 32]);
+        let tag = secret.tag(b"p", &[b"ab", b"c"]);
+        assert_ne!(tag, secret.tag(b"p", &[b"a", b"bc"]));
+        assert_ne!(tag, secret.tag(b"q", &[b"ab", b"c"]));
+        assert_ne!(tag, StoreSecret::new([2; 32]).tag(b"p", &[b"ab", b"c"]));
+    }
+}

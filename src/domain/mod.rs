@@ -1,0 +1,14 @@
+//! Pure code: no async, no clock, no I/O, no logging. Time and chance come in as arguments.
+
+pub mod card;
+pub mod delivery;
+pub mod event;
+pub mod ids;
+pub mod money;
+pub mod payment;
+pub mod refund;
+pub mod scenario;
+pub mod signature;
+pub mod time;
+pub mod timeline;
+pub mod validation;

@@ -1,0 +1,119 @@
+//! What happened to a payment, in order.
+
+use serde::{Deserialize, Serialize};
+
+use super::{payment::Status, time::Timestamp};
+
+/// Past this the oldest entries that are no status change go, and are counted.
+pub const TIMELINE_MAX: usize = 200;
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Entry {
+    pub at: Timestamp,
+    pub kind: Kind,
+    /// The status from then on.
+    pub status: Status,
+    pub cause: Cause,
+    /// Ids, amounts and reasons; never card data.
+    pub detail: Vec<(String, String)>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Kind {
+    Created,
+    StatusChanged,
+    PartiallyRefunded,
+    WebhookSimulated,
+}
+
+impl Kind {
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Created => "created",
+            Self::StatusChanged => "status_changed",
+            Self::PartiallyRefunded => "partially_refunded",
+            Self::WebhookSimulated => "webhook_simulated",
+        }
+    }
+
+    const fn is_status_change(self) -> bool {
+        match self {
+            Self::Created | Self::StatusChanged => true,
+            Self::PartiallyRefunded | Self::WebhookSimulated => false,
+        }
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Cause {
+    CreatePaymentIntent,
+    /// The plan, at the moment it names.
+    Scenario,
+    ProcessPayment,
+    CancelPayment,
+    SimulateWebhook,
+}
+
+impl Cause {
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::CreatePaymentIntent => "CreatePaymentIntent",
+            Self::Scenario => "scenario",
+            Self::ProcessPayment => "ProcessPayment",
+            Self::CancelPayment => "CancelPayment",
+            Self::SimulateWebhook => "SimulateWebhook",
+        }
+    }
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Timeline {
+    entries: Vec<Entry>,
+    dropped: u32,
+}
+
+impl Timeline {
+    pub fn push(&mut self, entry: Entry) {
+        self.entries.push(entry);
+        if self.entries.len() > TIMELINE_MAX
+            && let Some(oldest) = self.entries.iter().position(|e| !e.kind.is_status_change())
+        {
+            self.entries.remove(oldest);
+            self.dropped = self.dropped.saturating_add(1);
+        }
+    }
+
+    pub fn entries(&self) -> &[Entry] {
+        &self.entries
+    }
+
+    /// How many entries went for want of room.
+    pub const fn dropped(&self) -> u32 {
+        self.dropped
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_full_timeline_drops_the_oldest_that_is_no_status_change() {
+        let entry = |ms, kind| Entry {
+            at: Timestamp::from_ms(ms),
+            kind,
+            status: Status::Completed,
+            cause: Cause::SimulateWebhook,
+            detail: Vec::new(),
+        };
+        let mut timeline = Timeline::default();
+        timeline.push(entry(0, Kind::Created));
+        for ms in 1..=300 {
+            timeline.push(entry(ms, Kind::WebhookSimulated));
+        }
+        assert_eq!(timeline.entries().len(), TIMELINE_MAX);
+        assert_eq!(timeline.dropped(), 101);
+        assert_eq!(timeline.entries()[0].kind, Kind::Created);
+        assert_eq!(timeline.entries()[1].at.ms(), 102);
+    }
+}
