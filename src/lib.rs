@@ -1,4 +1,5 @@
 //! payment-sim: the payment gateway that teams can load-test, break and replay.
 
 pub mod clock;
+pub mod courier;
 pub mod domain;
