@@ -3,10 +3,14 @@
 //! A courier decides nothing that lasts: no back-off, no counting, no giving up. What an attempt makes
 //! of a delivery is `domain::delivery`'s; who calls again, and when, is the outbox's.
 
+pub mod aws;
 pub mod connect;
+pub mod eventbridge;
 mod tls;
 pub mod webhook;
 
+#[cfg(test)]
+mod eventbridge_tests;
 #[cfg(test)]
 mod receiver;
 #[cfg(test)]
@@ -24,7 +28,10 @@ use crate::domain::{
     time::Timestamp,
 };
 
-pub use self::webhook::{Origin, WebhookCourier, origin};
+pub use self::{
+    eventbridge::EventBridgeCourier,
+    webhook::{Origin, WebhookCourier, origin},
+};
 
 /// One delivery on its way. Nothing in it changes between attempts.
 #[derive(Clone, Debug)]
