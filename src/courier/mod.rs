@@ -6,6 +6,7 @@
 pub mod aws;
 pub mod connect;
 pub mod eventbridge;
+pub mod log;
 mod tls;
 pub mod webhook;
 
@@ -30,6 +31,7 @@ use crate::domain::{
 
 pub use self::{
     eventbridge::EventBridgeCourier,
+    log::LogCourier,
     webhook::{Origin, WebhookCourier, origin},
 };
 
