@@ -1,3 +1,4 @@
 //! payment-sim: the payment gateway that teams can load-test, break and replay.
 
+pub mod clock;
 pub mod metrics;
