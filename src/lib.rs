@@ -1,3 +1,6 @@
 //! payment-sim: the payment gateway that teams can load-test, break and replay.
 
+pub mod clock;
 pub mod domain;
+pub mod metrics;
+pub mod store;
