@@ -82,6 +82,7 @@ pub struct Shared {
 pub struct Embedded {
     shared: Arc<Shared>,
     counters: Arc<Counters>,
+    newest: Option<PaymentId>,
     jobs: mpsc::Sender<Job>,
     janitor: Janitor,
     writer: Mutex<Option<JoinHandle<()>>>,
@@ -126,6 +127,7 @@ impl Embedded {
         Ok(Arc::new(Self {
             shared,
             counters: Arc::default(),
+            newest: opened.marks.newest,
             jobs,
             janitor: janitor.map_err(io)?,
             writer: Mutex::new(Some(writer)),
@@ -375,6 +377,10 @@ impl Store for Embedded {
 
     async fn get(&self, id: PaymentId) -> Result<Option<Versioned>, StoreError> {
         self.shared.get(id)
+    }
+
+    fn newest(&self) -> Option<PaymentId> {
+        self.newest
     }
 
     async fn list(&self, query: ListQuery) -> Result<Page, StoreError> {

@@ -172,6 +172,9 @@ pub trait Store: Send + Sync + 'static {
 
     async fn get(&self, id: PaymentId) -> Result<Option<Versioned>, StoreError>;
 
+    /// The newest payment when the store was opened.
+    fn newest(&self) -> Option<PaymentId>;
+
     async fn list(&self, query: ListQuery) -> Result<Page, StoreError>;
 
     /// The next number of a reservation's draws, each given once.
