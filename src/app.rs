@@ -289,7 +289,7 @@ pub fn count_outcome(metrics: &Metrics, payment: &Payment) {
         (_, Some((Outcome::Failed(reason), _))) => reason.as_str(),
         (_, Some((Outcome::Completed, _)) | None) => "",
     };
-    metrics.payment_outcome(payment.status().as_str(), reason, &payment.terms.provider);
+    metrics.payment_outcome(payment.status().short(), reason, &payment.terms.provider);
 }
 
 /// Makes ids that rise within this process and past what the store held at start, whatever the clock

@@ -30,7 +30,12 @@ pub trait Step: Send + Sync + 'static {
 }
 
 /// Runs until cancelled. It may stop between any two steps without losing or doubling anything.
-pub async fn drive(step: &dyn Step, store: Arc<dyn Store>, clock: Arc<dyn Clock>, stop: CancellationToken) {
+pub async fn drive(
+    step: &dyn Step,
+    store: Arc<dyn Store>,
+    clock: Arc<dyn Clock>,
+    stop: CancellationToken,
+) {
     let changed = store.changed(step.work());
     while !stop.is_cancelled() {
         // Listening starts before the look, so that a change in between is not missed.

@@ -156,13 +156,13 @@ impl Events {
             let result = match attempted.verdict {
                 Verdict::Accepted => {
                     accepted += 1;
-                    "accepted"
+                    "published"
                 }
                 Verdict::Retry { .. } => {
                     retried += 1;
                     "retry"
                 }
-                Verdict::Refused => "refused",
+                Verdict::Refused => "dead",
             };
             self.shared.metrics.event_published(self.sink, result, 1);
         }
@@ -288,9 +288,9 @@ impl Webhooks {
             drop(permits);
             let Some(attempted) = attempted else { return };
             let result = match attempted.verdict {
-                Verdict::Accepted => "accepted",
+                Verdict::Accepted => "delivered",
                 Verdict::Retry { .. } => "retry",
-                Verdict::Refused => "refused",
+                Verdict::Refused => "dead",
             };
             shared.metrics.webhook_attempted(result, took.elapsed());
             // Only gone when the process ends; the webhook is then still owed.

@@ -45,7 +45,9 @@ impl Scheduler {
         let mut woken = Vec::with_capacity(leases.len());
         for lease in &leases {
             let Some(before) = self.store.get(lease.id).await? else { continue };
-            let Some(after) = before.payment.transition(Command::Wake, now).changed else { continue };
+            let Some(after) = before.payment.transition(Command::Wake, now).changed else {
+                continue;
+            };
             woken.push((before.payment.progress.state.wakes_at(), after.clone()));
             commits.push(Commit { change: Some(Change::Update { before, after }), reply: None });
         }

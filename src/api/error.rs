@@ -11,6 +11,8 @@ use std::time::Duration;
 use tonic::{Code, Status};
 use tonic_types::{ErrorDetails, StatusExt};
 
+use crate::domain::validation::Violation;
+
 /// `ErrorInfo.domain` of every error.
 pub const DOMAIN: &str = "payment-sim";
 
@@ -105,21 +107,11 @@ impl Reason {
                 row("REFUND_EXCEEDS_REMAINING", Code::FailedPrecondition, None)
             }
             Self::NotYours => row("NOT_YOURS", Code::PermissionDenied, None),
-            Self::Overloaded => row(
-                "OVERLOADED",
-                Code::ResourceExhausted,
-                Some(RETRY_OVERLOADED),
-            ),
-            Self::StoreFull => row(
-                "STORE_FULL",
-                Code::ResourceExhausted,
-                Some(RETRY_STORE_FULL),
-            ),
-            Self::StoreUnavailable => row(
-                "STORE_UNAVAILABLE",
-                Code::Unavailable,
-                Some(RETRY_UNAVAILABLE),
-            ),
+            Self::Overloaded => row("OVERLOADED", Code::ResourceExhausted, Some(RETRY_OVERLOADED)),
+            Self::StoreFull => row("STORE_FULL", Code::ResourceExhausted, Some(RETRY_STORE_FULL)),
+            Self::StoreUnavailable => {
+                row("STORE_UNAVAILABLE", Code::Unavailable, Some(RETRY_UNAVAILABLE))
+            }
             Self::Draining => row("DRAINING", Code::Unavailable, Some(RETRY_UNAVAILABLE)),
             Self::Deadline => row("DEADLINE", Code::DeadlineExceeded, None),
             Self::Malformed => row("MALFORMED", Code::InvalidArgument, None),
@@ -140,24 +132,6 @@ impl Reason {
     /// When to try again, unless the failure says otherwise.
     pub const fn retry_after(self) -> Option<Duration> {
         self.row().retry
-    }
-}
-
-/// One bad field of a request.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Violation {
-    /// The proto path, such as `amount.currency`.
-    pub field: String,
-    /// What is wrong and what is allowed.
-    pub description: String,
-}
-
-impl Violation {
-    pub fn new(field: impl Into<String>, description: impl Into<String>) -> Self {
-        Self {
-            field: field.into(),
-            description: description.into(),
-        }
     }
 }
 
@@ -273,16 +247,16 @@ const fn plain(c: char) -> usize {
 
 /// What a character takes in grpc-message: tonic writes these and everything outside ASCII as `%XX`.
 fn percent_encoded(c: char) -> usize {
-    if c.is_ascii_graphic() && !"\"#%<>`?{}".contains(c) {
-        1
-    } else {
-        3 * c.len_utf8()
-    }
+    if c.is_ascii_graphic() && !"\"#%<>`?{}".contains(c) { 1 } else { 3 * c.len_utf8() }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn violation(field: &str, description: &str) -> Violation {
+        Violation { field: field.to_owned(), description: description.to_owned() }
+    }
 
     fn grpc_message_bytes(status: &Status) -> usize {
         let response = status.clone().into_http::<()>();
@@ -291,10 +265,8 @@ mod tests {
 
     #[test]
     fn the_table_is_the_contracts() {
-        let table: Vec<_> = Reason::ALL
-            .iter()
-            .map(|r| (r.name(), r.code(), r.retry_after().is_some()))
-            .collect();
+        let table: Vec<_> =
+            Reason::ALL.iter().map(|r| (r.name(), r.code(), r.retry_after().is_some())).collect();
         assert_eq!(
             table,
             [
@@ -334,8 +306,8 @@ mod tests {
     #[test]
     fn all_bad_fields_are_named_and_the_message_repeats_them() {
         let status = Status::from(Failure::invalid(vec![
-            Violation::new("amount.currency", "must be an ISO 4217 code"),
-            Violation::new("user_id", "is required"),
+            violation("amount.currency", "must be an ISO 4217 code"),
+            violation("user_id", "is required"),
         ]));
         assert_eq!(
             status.message(),
@@ -348,11 +320,7 @@ mod tests {
 
     #[test]
     fn past_twenty_violations_their_number_is_told() {
-        let many = |n| {
-            (0..n)
-                .map(|i| Violation::new(format!("f{i}"), "bad"))
-                .collect()
-        };
+        let many = |n| (0..n).map(|i| violation(&format!("f{i}"), "bad")).collect();
         let listed = |n| {
             Status::from(Failure::invalid(many(n)))
                 .get_details_bad_request()
@@ -369,16 +337,13 @@ mod tests {
     fn a_refusal_fits_every_clients_headers() {
         for text in ["x", "é", "결", "🙂", "%", "a b"] {
             let long = text.repeat(5000);
-            let violations = (0..50).map(|_| Violation::new(&long, &long)).collect();
+            let violations = (0..50).map(|_| violation(&long, &long)).collect();
             let status = Status::from(Failure::invalid(violations).with("value", &long));
             let sent = grpc_message_bytes(&status);
             assert!(sent <= MAX_MESSAGE_BYTES, "{text}: {sent}");
             assert!(status.message().ends_with(ELLIPSIS));
             let headers = status.into_http::<()>().headers().clone();
-            let total: usize = headers
-                .iter()
-                .map(|(k, v)| k.as_str().len() + v.len() + 32)
-                .sum();
+            let total: usize = headers.iter().map(|(k, v)| k.as_str().len() + v.len() + 32).sum();
             assert!(total < 8 * 1024, "{text}: {total}");
         }
     }
