@@ -63,11 +63,11 @@ bench: bench-store bench-footprint ## both benchmarks below
 
 .PHONY: bench-store
 bench-store: ## whole payments a second through the store alone
-	cargo run --release --locked --manifest-path $(BENCH) --bin store
+	cargo run --release --locked --manifest-path $(BENCH) --target-dir $(TARGET_DIR) --bin store
 
 .PHONY: bench-footprint
 bench-footprint: ## memory and start-up time with 5 million payments stored
-	cargo run --release --locked --manifest-path $(BENCH) --bin footprint
+	cargo run --release --locked --manifest-path $(BENCH) --target-dir $(TARGET_DIR) --bin footprint
 
 # The two commands of the first system's README, to the letter.
 .PHONY: perf-test
