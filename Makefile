@@ -42,7 +42,7 @@ test: ## every test, with a short crash test; sets up .venv and .tools itself
 	$(WITH_TOOLS) sh -c 'if [ -n "$$PAYMENT_SIM_VENV" ]; then python -m pytest tests/py; else echo "skipped: tests/py, there is no .venv"; fi'
 
 .PHONY: lint
-lint: ## formatting, clippy, rustdoc, protocol, Dockerfile, YAML, shell scripts
+lint: ## formatting, clippy, rustdoc, protocol, dependencies, Dockerfile, YAML, scripts
 	cargo fmt --all --check
 	cargo fmt --manifest-path $(BENCH) --check
 	cargo clippy --locked --all-targets -- -D warnings

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Lints everything that is not Rust. A linter that is not set up is one visible line, and a failure
+# Lints everything that is not Rust code. A linter that is not set up is one visible line, and a failure
 # when CI=true.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -18,7 +18,9 @@ lint() { # name, arguments…
     fi
 }
 
-lint buf lint
+# The module is the whole repository, so that imports read as published; .venv has protos of its own.
+lint buf lint --path proto
+lint cargo-deny --all-features --locked check licenses bans sources
 lint hadolint Dockerfile
 lint yamllint --strict .
 lint shellcheck scripts/*.sh .ci/run
