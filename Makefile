@@ -71,14 +71,15 @@ bench-footprint: ## memory and start-up time with 5 million payments stored
 
 # The two commands of the first system's README, to the letter.
 .PHONY: perf-test
-perf-test: ## ghz against a running service: 1,000 creates, then 30 s of load
-	@$(WITH_TOOLS) sh -c 'command -v ghz >/dev/null' || { echo 'perf-test needs ghz, which scripts/dev-env.sh installs where Go is' >&2; exit 1; }
+perf-test: export PATH := $(CURDIR)/.tools/bin:$(PATH)
+perf-test: dev-deps ## ghz against a running service: 1,000 creates, then 30 s of load
+	@command -v ghz >/dev/null || { echo 'perf-test needs ghz, which `make dev-deps` installs where Go is' >&2; exit 1; }
 	@curl -fsS -o /dev/null http://localhost:$(OPS_PORT)/readyz || { echo 'no service is ready on port $(OPS_PORT): start one with `make run`' >&2; exit 1; }
-	$(WITH_TOOLS) ghz --insecure --proto proto/payment/v1/payment.proto \
+	ghz --insecure --proto proto/payment/v1/payment.proto \
 	  --call payment.v1.PaymentService.CreatePaymentIntent \
 	  -d '{"reservation_id":"perf-test","user_id":"user-test","amount":{"amount":100000,"currency":"KRW"},"scenario":"approve"}' \
 	  -c 10 -n 1000 localhost:$(GRPC_PORT)
-	$(WITH_TOOLS) ghz --insecure --proto proto/payment/v1/payment.proto \
+	ghz --insecure --proto proto/payment/v1/payment.proto \
 	  --call payment.v1.PaymentService.CreatePaymentIntent \
 	  -d '{"reservation_id":"load-test","user_id":"user-load","amount":{"amount":50000,"currency":"KRW"},"scenario":"random"}' \
 	  -c 50 -z 30s localhost:$(GRPC_PORT)

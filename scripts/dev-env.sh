@@ -48,7 +48,7 @@ set_up_python() {
         fi
     done
     if [ -z "$python" ]; then
-        missing 'python3 >= 3.10 (with venv)' 'the Python and AWS tests and three linters are skipped'
+        missing 'python3 >= 3.10 (with venv)' 'the Python and AWS tests and most linters are skipped'
         return
     fi
     inputs=$("$python" -c 'import sys; print(sys.version, sys.executable)'; cat "$requirements")

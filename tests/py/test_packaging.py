@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -46,6 +47,23 @@ def test_the_image_runs_as_nobody_in_particular():
     assert instruction("VOLUME") == ["/data"]
     assert json.loads(instruction("ENTRYPOINT")[0]) == ["/usr/local/bin/payment-sim"]
     assert "healthcheck" in instruction("HEALTHCHECK")[0]
+
+
+def test_the_image_is_built_from_all_that_the_build_reads(tmp_path):
+    sent = re.findall(r"^!(.*)$", (ROOT / ".dockerignore").read_text(), re.MULTILINE)
+    for name in sent:
+        source = ROOT / name
+        if source.is_dir():
+            shutil.copytree(source, tmp_path / name)
+        elif source.exists():
+            shutil.copy(source, tmp_path / name)
+    # Refuses a manifest that names a target whose file is not there.
+    command = ["cargo", "metadata", "--no-deps", "--offline", "--format-version", "1"]
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    for file in [*tmp_path.glob("build.rs"), *tmp_path.glob("src/**/*.rs")]:
+        for included in re.findall(r'include_(?:str|bytes)!\(\s*"([^"]+)"', file.read_text()):
+            assert (file.parent / included).exists(), f"{file.relative_to(tmp_path)} includes {included}"
 
 
 def test_compose_sets_only_settings_that_exist():
