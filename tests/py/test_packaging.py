@@ -57,10 +57,10 @@ def test_the_image_is_built_from_all_that_the_build_reads(tmp_path):
             shutil.copytree(source, tmp_path / name)
         elif source.exists():
             shutil.copy(source, tmp_path / name)
-    # Refuses a manifest that names a target whose file is not there.
-    command = ["cargo", "metadata", "--no-deps", "--offline", "--format-version", "1"]
+    # Before cargo looks for the binary it refuses a manifest that names a target without a file.
+    command = ["cargo", "check", "--offline", "--locked", "--bin", "no-such-binary"]
     run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stderr
+    assert "no bin target named `no-such-binary`" in run.stderr, run.stderr
     for file in [*tmp_path.glob("build.rs"), *tmp_path.glob("src/**/*.rs")]:
         for included in re.findall(r'include_(?:str|bytes)!\(\s*"([^"]+)"', file.read_text()):
             assert (file.parent / included).exists(), f"{file.relative_to(tmp_path)} includes {included}"
