@@ -1,4 +1,6 @@
 //! payment-sim: the payment gateway that teams can load-test, break and replay.
 
 pub mod clock;
+pub mod config;
+pub mod healthcheck;
 pub mod metrics;
