@@ -4,3 +4,4 @@ pub mod clock;
 pub mod config;
 pub mod healthcheck;
 pub mod metrics;
+pub mod telemetry;
