@@ -193,7 +193,7 @@ impl Kind {
             ),
             Self::Store => "file:PATH or memory:".into(),
             Self::Secrets => format!(
-                "1 to {} secrets, comma-separated, newest first, each at most {} characters; \
+                "1 to {} secrets, comma-separated, newest first, each at most {} characters without control characters; \
                  base64 after {}",
                 Secrets::MAX,
                 Secrets::MAX_CHARS,
