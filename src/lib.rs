@@ -3,8 +3,11 @@
 pub mod api;
 pub mod app;
 pub mod clock;
+pub mod config;
 pub mod domain;
 pub mod driver;
+pub mod healthcheck;
 pub mod metrics;
 pub mod scheduler;
 pub mod store;
+pub mod telemetry;

@@ -374,7 +374,7 @@ fn json_of(value: Value, depth: usize) -> Result<serde_json::Value, &'static str
         }
         Some(JsonKind::StructValue(object)) => {
             let fields = object.fields.into_iter();
-            let fields = fields.map(|(name, value)| Ok((name, json_of(value, depth)?)));
+            let fields = fields.map(|(name, value)| Ok::<_, &str>((name, json_of(value, depth)?)));
             fields.collect::<Result<serde_json::Map<_, _>, _>>()?.into()
         }
     })
