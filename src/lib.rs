@@ -1,5 +1,6 @@
 //! payment-sim: the payment gateway that teams can load-test, break and replay.
 
+pub mod api;
 pub mod clock;
 pub mod domain;
 pub mod metrics;

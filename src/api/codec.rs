@@ -1,0 +1,1 @@
+pub use tonic_prost::ProstCodec as Codec;
