@@ -28,10 +28,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let out = env::var_os("OUT_DIR")
         .map(PathBuf::from)
         .ok_or_else(|| io::Error::other("cargo sets OUT_DIR for every build script"))?;
-    fs::write(
-        out.join(DESCRIPTORS),
-        compiler.encode_file_descriptor_set(),
-    )?;
+    fs::write(out.join(DESCRIPTORS), compiler.encode_file_descriptor_set())?;
 
     tonic_prost_build::configure()
         // Sorted maps: the same message always has the same bytes, which stored replies and the hashes

@@ -1,6 +1,7 @@
 //! The gRPC API: generated messages and services, our codec, our errors.
 
 pub mod codec;
+pub mod error;
 
 /// Code generated from `proto/`. The modules nest as the packages do, because the generated code
 /// refers to other packages by relative path (`super::super::common::v1`).
