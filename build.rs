@@ -20,10 +20,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     // Imports are written from the repository's root, as the published contract writes them. Source
     // info carries the comments into `grpcurl describe` and into rustdoc.
     let mut compiler = protox::Compiler::new(["."])?;
-    compiler
-        .include_imports(true)
-        .include_source_info(true)
-        .open_files(PROTOS)?;
+    compiler.include_imports(true).include_source_info(true).open_files(PROTOS)?;
 
     let out = env::var_os("OUT_DIR")
         .map(PathBuf::from)

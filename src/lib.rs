@@ -3,5 +3,7 @@
 pub mod api;
 pub mod clock;
 pub mod domain;
+pub mod log_budget;
 pub mod metrics;
+pub mod server;
 pub mod store;

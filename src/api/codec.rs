@@ -70,11 +70,7 @@ impl<U: Message + Default> Decoder for MalformedAware<U> {
 
 /// prost's text names the message and the field, which is what the caller needs.
 fn malformed(error: prost::DecodeError) -> Status {
-    Failure::new(
-        Reason::Malformed,
-        format!("the message does not decode: {error}"),
-    )
-    .into()
+    Failure::new(Reason::Malformed, format!("the message does not decode: {error}")).into()
 }
 
 #[cfg(test)]
@@ -87,9 +83,7 @@ mod tests {
     fn what_does_not_decode_is_malformed() {
         // Field 1 (a string) as a varint, and a length that runs past the end.
         for bytes in [&[0x08, 0x01][..], &[0x0a, 0x7f, 0x61][..]] {
-            let status = CreatePaymentIntentRequest::decode(bytes)
-                .map_err(malformed)
-                .unwrap_err();
+            let status = CreatePaymentIntentRequest::decode(bytes).map_err(malformed).unwrap_err();
             assert_eq!(status.code(), tonic::Code::InvalidArgument);
             let info = status.get_details_error_info().unwrap();
             assert_eq!(info.reason, "MALFORMED");

@@ -105,21 +105,11 @@ impl Reason {
                 row("REFUND_EXCEEDS_REMAINING", Code::FailedPrecondition, None)
             }
             Self::NotYours => row("NOT_YOURS", Code::PermissionDenied, None),
-            Self::Overloaded => row(
-                "OVERLOADED",
-                Code::ResourceExhausted,
-                Some(RETRY_OVERLOADED),
-            ),
-            Self::StoreFull => row(
-                "STORE_FULL",
-                Code::ResourceExhausted,
-                Some(RETRY_STORE_FULL),
-            ),
-            Self::StoreUnavailable => row(
-                "STORE_UNAVAILABLE",
-                Code::Unavailable,
-                Some(RETRY_UNAVAILABLE),
-            ),
+            Self::Overloaded => row("OVERLOADED", Code::ResourceExhausted, Some(RETRY_OVERLOADED)),
+            Self::StoreFull => row("STORE_FULL", Code::ResourceExhausted, Some(RETRY_STORE_FULL)),
+            Self::StoreUnavailable => {
+                row("STORE_UNAVAILABLE", Code::Unavailable, Some(RETRY_UNAVAILABLE))
+            }
             Self::Draining => row("DRAINING", Code::Unavailable, Some(RETRY_UNAVAILABLE)),
             Self::Deadline => row("DEADLINE", Code::DeadlineExceeded, None),
             Self::Malformed => row("MALFORMED", Code::InvalidArgument, None),
@@ -154,10 +144,7 @@ pub struct Violation {
 
 impl Violation {
     pub fn new(field: impl Into<String>, description: impl Into<String>) -> Self {
-        Self {
-            field: field.into(),
-            description: description.into(),
-        }
+        Self { field: field.into(), description: description.into() }
     }
 }
 
@@ -273,11 +260,7 @@ const fn plain(c: char) -> usize {
 
 /// What a character takes in grpc-message: tonic writes these and everything outside ASCII as `%XX`.
 fn percent_encoded(c: char) -> usize {
-    if c.is_ascii_graphic() && !"\"#%<>`?{}".contains(c) {
-        1
-    } else {
-        3 * c.len_utf8()
-    }
+    if c.is_ascii_graphic() && !"\"#%<>`?{}".contains(c) { 1 } else { 3 * c.len_utf8() }
 }
 
 #[cfg(test)]
@@ -291,10 +274,8 @@ mod tests {
 
     #[test]
     fn the_table_is_the_contracts() {
-        let table: Vec<_> = Reason::ALL
-            .iter()
-            .map(|r| (r.name(), r.code(), r.retry_after().is_some()))
-            .collect();
+        let table: Vec<_> =
+            Reason::ALL.iter().map(|r| (r.name(), r.code(), r.retry_after().is_some())).collect();
         assert_eq!(
             table,
             [
@@ -348,11 +329,7 @@ mod tests {
 
     #[test]
     fn past_twenty_violations_their_number_is_told() {
-        let many = |n| {
-            (0..n)
-                .map(|i| Violation::new(format!("f{i}"), "bad"))
-                .collect()
-        };
+        let many = |n| (0..n).map(|i| Violation::new(format!("f{i}"), "bad")).collect();
         let listed = |n| {
             Status::from(Failure::invalid(many(n)))
                 .get_details_bad_request()
@@ -375,10 +352,7 @@ mod tests {
             assert!(sent <= MAX_MESSAGE_BYTES, "{text}: {sent}");
             assert!(status.message().ends_with(ELLIPSIS));
             let headers = status.into_http::<()>().headers().clone();
-            let total: usize = headers
-                .iter()
-                .map(|(k, v)| k.as_str().len() + v.len() + 32)
-                .sum();
+            let total: usize = headers.iter().map(|(k, v)| k.as_str().len() + v.len() + 32).sum();
             assert!(total < 8 * 1024, "{text}: {total}");
         }
     }
