@@ -246,7 +246,9 @@ impl Webhooks {
         }
         let mut started = 0;
         for lease in self.shared.store.due(Work::Webhook, now, free).await? {
-            let Some(parcel) = self.shared.parcel(&lease, Channel::Webhook).await? else { continue };
+            let Some(parcel) = self.shared.parcel(&lease, Channel::Webhook).await? else {
+                continue;
+            };
             match self.permits(&parcel) {
                 Some(permits) => {
                     self.start(lease, parcel, permits);
@@ -259,7 +261,10 @@ impl Webhooks {
     }
 
     /// A place in all and one at the origin; `None` while either is full.
-    fn permits(&self, parcel: &Parcel) -> Option<(OwnedSemaphorePermit, Option<OwnedSemaphorePermit>)> {
+    fn permits(
+        &self,
+        parcel: &Parcel,
+    ) -> Option<(OwnedSemaphorePermit, Option<OwnedSemaphorePermit>)> {
         let slot = Arc::clone(&self.slots).try_acquire_owned().ok()?;
         let Some(origin) = parcel.url.as_deref().and_then(crate::courier::webhook::origin) else {
             return Some((slot, None));
@@ -280,11 +285,13 @@ impl Webhooks {
         parcel: Parcel,
         permits: (OwnedSemaphorePermit, Option<OwnedSemaphorePermit>),
     ) {
-        let (shared, courier, done) = (self.shared.clone(), Arc::clone(&self.courier), self.done.clone());
+        let (shared, courier, done) =
+            (self.shared.clone(), Arc::clone(&self.courier), self.done.clone());
         self.attempts.spawn(async move {
             let n = parcel.n;
             let took = Stopwatch::start();
-            let attempted = courier.attempt(std::slice::from_ref(&parcel), shared.now()).await.pop();
+            let attempted =
+                courier.attempt(std::slice::from_ref(&parcel), shared.now()).await.pop();
             drop(permits);
             let Some(attempted) = attempted else { return };
             let result = match attempted.verdict {

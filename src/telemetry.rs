@@ -4,7 +4,6 @@
 use std::fmt::{self, Write as _};
 use std::io;
 use std::panic;
-use std::sync::atomic::{AtomicI64, AtomicU32, Ordering};
 
 use serde::ser::{SerializeMap, Serializer as _};
 use serde_json::{Map, Value};
@@ -27,7 +26,6 @@ const NOISY: &[&str] =
     &["aws", "fjall", "h2", "hyper", "lsm_tree", "mio", "rustls", "tonic", "tower", "value_log"];
 
 /// Per-request lines in one second; a flood of requests must not become a flood of lines.
-const REQUEST_LINES_PER_SECOND: u32 = 100;
 
 /// Sends the process's log lines and panics to stderr from here on.
 ///
