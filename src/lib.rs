@@ -3,6 +3,7 @@
 pub mod api;
 pub mod clock;
 pub mod domain;
+pub mod edge;
 pub mod log_budget;
 pub mod metrics;
 pub mod server;
