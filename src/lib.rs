@@ -7,6 +7,7 @@ pub mod config;
 pub mod courier;
 pub mod domain;
 pub mod driver;
+pub mod edge;
 pub mod healthcheck;
 pub mod log_budget;
 pub mod metrics;

@@ -25,8 +25,6 @@ use crate::config::{LogLevel, Stage};
 const NOISY: &[&str] =
     &["aws", "fjall", "h2", "hyper", "lsm_tree", "mio", "rustls", "tonic", "tower", "value_log"];
 
-/// Per-request lines in one second; a flood of requests must not become a flood of lines.
-
 /// Sends the process's log lines and panics to stderr from here on.
 ///
 /// # Errors
