@@ -30,9 +30,7 @@ impl Clock for SystemClock {
     #[expect(clippy::disallowed_methods, reason = "the file that the ban points to")]
     fn now_ms(&self) -> i64 {
         // A machine set to before 1970 counts as standing at its start: nothing is due, nothing breaks.
-        let since = SystemTime::now()
-            .duration_since(UNIX_EPOCH)
-            .unwrap_or_default();
+        let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         i64::try_from(since.as_millis()).unwrap_or(i64::MAX)
     }
 
@@ -61,9 +59,7 @@ pub struct ManualClock {
 
 impl ManualClock {
     pub fn at_ms(now_ms: i64) -> Self {
-        Self {
-            now_ms: watch::Sender::new(now_ms),
-        }
+        Self { now_ms: watch::Sender::new(now_ms) }
     }
 
     /// Moves the clock forward and wakes whoever's time has come.
@@ -77,8 +73,7 @@ impl ManualClock {
             "this clock counts whole milliseconds, not {by:?}"
         );
         let by_ms = i64::try_from(by.as_millis()).unwrap_or(i64::MAX);
-        self.now_ms
-            .send_modify(|now_ms| *now_ms = now_ms.saturating_add(by_ms));
+        self.now_ms.send_modify(|now_ms| *now_ms = now_ms.saturating_add(by_ms));
     }
 
     /// Sets the clock, also back, as a machine's clock may be.
@@ -133,10 +128,7 @@ mod tests {
     fn the_wall_clock_is_after_this_was_written_and_counts_milliseconds() {
         let now_ms = SystemClock.now_ms();
         assert!(now_ms > 1_750_000_000_000, "{now_ms}");
-        assert!(
-            now_ms < 32_503_680_000_000,
-            "{now_ms} is after the year 3000"
-        );
+        assert!(now_ms < 32_503_680_000_000, "{now_ms} is after the year 3000");
     }
 
     #[tokio::test]

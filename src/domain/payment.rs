@@ -99,6 +99,11 @@ impl Status {
             Self::Expired => "PAYMENT_STATUS_EXPIRED",
         }
     }
+
+    /// The name without its prefix, as labels and messages say it.
+    pub fn short(self) -> &'static str {
+        self.as_str().trim_start_matches("PAYMENT_STATUS_")
+    }
 }
 
 /// Data lives in the state that has it.
@@ -242,7 +247,7 @@ pub enum Answer {
 
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Refusal {
-    #[error("the payment is {}: {why}", status.as_str())]
+    #[error("the payment is {}: {why}", status.short())]
     InvalidState { status: Status, why: &'static str },
     #[error("the payment has no webhook_url")]
     NoWebhookUrl,

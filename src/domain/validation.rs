@@ -7,6 +7,12 @@ pub struct Violation {
     pub description: String,
 }
 
+impl Violation {
+    pub fn new(field: impl Into<String>, description: impl Into<String>) -> Self {
+        Self { field: field.into(), description: description.into() }
+    }
+}
+
 /// Collects every violation of a request, so that a caller sees them all at once.
 #[derive(Debug, Default)]
 pub struct Violations(Vec<Violation>);
@@ -18,7 +24,7 @@ pub const TEXT_CHARS: usize = 255;
 
 impl Violations {
     pub fn add(&mut self, field: impl Into<String>, description: impl Into<String>) {
-        self.0.push(Violation { field: field.into(), description: description.into() });
+        self.0.push(Violation::new(field, description));
     }
 
     pub fn is_empty(&self) -> bool {
@@ -33,19 +39,24 @@ impl Violations {
     pub fn name(&mut self, field: &str, value: &str) {
         if value.is_empty() {
             self.add(field, format!("is required: 1 to {NAME_CHARS} characters"));
-        } else {
-            self.text(field, value, NAME_CHARS);
+            return;
+        }
+        self.text(field, value, NAME_CHARS);
+        if let Some(at) = value.chars().take(NAME_CHARS).position(char::is_control) {
+            self.add(field, format!("has a control character at position {at}; none is allowed"));
         }
     }
 
-    /// At most `max` characters without control characters; may be empty.
-    pub fn text(&mut self, field: &str, value: &str, max: usize) {
+    /// At most `max` characters; may be empty.
+    pub fn text(&mut self, field: impl Into<String>, value: &str, max: usize) {
         let chars = value.chars().count();
         if chars > max {
             self.add(field, format!("has {chars} characters; at most {max} are allowed"));
-        } else if let Some(at) = value.chars().position(char::is_control) {
-            self.add(field, format!("has a control character at position {at}; none is allowed"));
         }
+    }
+
+    pub fn into_vec(self) -> Vec<Violation> {
+        self.0
     }
 }
 
@@ -58,7 +69,8 @@ mod tests {
         let mut found = Violations::default();
         found.name("a", "");
         found.name("b", &"x".repeat(NAME_CHARS + 1));
-        found.text("c", "tab\there", TEXT_CHARS);
+        found.name("c", "tab\there");
+        found.text("e", "tab\there", TEXT_CHARS);
         found.name("d", &"é".repeat(NAME_CHARS));
         let fields: Vec<_> =
             found.into_result().unwrap_err().into_iter().map(|v| v.field).collect();

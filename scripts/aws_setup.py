@@ -1,0 +1,66 @@
+#!/usr/bin/env python3
+"""Makes in an emulated AWS what the service publishes to: bus, rule, queue and target.
+
+    aws_setup.py setup      make them; again does no harm
+    aws_setup.py receive    print what is on the queue, for at most 5 seconds, and leave it there
+
+Reads AWS_ENDPOINT_URL, AWS_REGION, EVENT_BUS_NAME and PAYMENT_EVENT_SOURCE. Without an endpoint it
+refuses: a real account is set up by hand, with a queue policy and a dead-letter queue on the target.
+"""
+
+import json
+import os
+import sys
+import time
+
+import boto3
+
+REGION = os.environ.get("AWS_REGION", "ap-northeast-2")
+BUS = os.environ.get("EVENT_BUS_NAME", "ticket-reservation-events")
+SOURCE = os.environ.get("PAYMENT_EVENT_SOURCE", "payment-sim-api")
+RULE = "payment-events-to-sqs"
+QUEUE = "traffic-tacos-payment-webhooks"
+
+
+def client(service):
+    return boto3.client(service, region_name=REGION, endpoint_url=os.environ["AWS_ENDPOINT_URL"])
+
+
+def setup():
+    events, sqs = client("events"), client("sqs")
+    try:
+        events.create_event_bus(Name=BUS)
+    except events.exceptions.ResourceAlreadyExistsException:
+        pass
+    pattern = {"source": [SOURCE], "detail-type": ["Payment Status Updated"]}
+    events.put_rule(Name=RULE, EventBusName=BUS, EventPattern=json.dumps(pattern))
+    url = sqs.create_queue(QueueName=QUEUE)["QueueUrl"]
+    arn = sqs.get_queue_attributes(QueueUrl=url, AttributeNames=["QueueArn"])["Attributes"]["QueueArn"]
+    put = events.put_targets(Rule=RULE, EventBusName=BUS, Targets=[{"Id": "1", "Arn": arn}])
+    # Success of the call says nothing about its entries.
+    if put["FailedEntryCount"]:
+        sys.exit(f"the target was refused: {put['FailedEntries']}")
+    print(f"bus {BUS}, rule {RULE}, queue {url}")
+
+
+def receive():
+    sqs = client("sqs")
+    url = sqs.get_queue_url(QueueName=QUEUE)["QueueUrl"]
+    until = time.monotonic() + 5
+    while time.monotonic() < until:
+        # Visible again at once: this only looks.
+        reply = sqs.receive_message(QueueUrl=url, MaxNumberOfMessages=10, WaitTimeSeconds=5, VisibilityTimeout=0)
+        for message in reply.get("Messages", []):
+            print(message["Body"])
+        if reply.get("Messages"):
+            return
+    print("the queue is empty", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    commands = {"setup": setup, "receive": receive}
+    if len(sys.argv) != 2 or sys.argv[1] not in commands:
+        sys.exit(__doc__)
+    if not os.environ.get("AWS_ENDPOINT_URL"):
+        sys.exit("AWS_ENDPOINT_URL is not set: this is for an emulated AWS only")
+    commands[sys.argv[1]]()

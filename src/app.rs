@@ -1,0 +1,337 @@
+//! Use cases: load → transition → commit, again when somebody else was quicker.
+
+use std::sync::{Arc, Mutex, PoisonError};
+
+use crate::{
+    clock::Clock,
+    domain::{
+        card::Card,
+        event,
+        ids::{Idempotency, PaymentId, StoreSecret},
+        money::Money,
+        payment::{Answer, Command, Metadata, Method, Payment, Refusal, Terms, Trace},
+        scenario::{self, DrawKey, Outcome, Plan, Scenario},
+        time::Timestamp,
+    },
+    metrics::Metrics,
+    store::{
+        self, Change, Commit, Committed, ListQuery, Page, Remembered, Reply, Store, StoreError,
+        Versioned,
+    },
+};
+
+/// The provider of every payment until the simulation file names others.
+pub const PROVIDER: &str = "sim";
+/// How often a command is tried against a payment that others change at the same time.
+const TRIES: usize = 16;
+
+pub struct App {
+    store: Arc<dyn Store>,
+    clock: Arc<dyn Clock>,
+    metrics: Arc<Metrics>,
+    ids: IdMaker,
+    settings: Settings,
+}
+
+#[derive(Clone, Debug)]
+pub struct Settings {
+    pub scenario: scenario::Settings,
+    /// Whether changes are published as events (`EVENT_SINK` is not `none`).
+    pub events: bool,
+}
+
+/// A create that has passed validation.
+#[derive(Debug)]
+pub struct NewPayment {
+    pub reservation_id: String,
+    pub user_id: String,
+    pub amount: Money,
+    pub vat: Option<u64>,
+    pub method: Method,
+    /// `None`: the default scenario.
+    pub scenario: Option<Scenario>,
+    pub webhook_url: Option<String>,
+    pub metadata: Option<Metadata>,
+    pub echo: Option<String>,
+    pub card: Option<Card>,
+    pub trace: Trace,
+}
+
+/// An idempotency key: its text, which draws depend on, and what is compared.
+#[derive(Clone, Debug)]
+pub struct Key {
+    pub text: String,
+    pub idempotency: Idempotency,
+}
+
+#[derive(Debug, PartialEq, thiserror::Error)]
+pub enum Error {
+    #[error("there is no such payment")]
+    NotFound,
+    #[error("the payment belongs to another user")]
+    NotYours,
+    #[error(transparent)]
+    Refused(#[from] Refusal),
+    #[error(transparent)]
+    Store(#[from] StoreError),
+}
+
+/// A created payment; `replayed` when its key was known.
+#[derive(Debug)]
+pub struct Created {
+    pub payment: Payment,
+    pub replayed: bool,
+}
+
+#[derive(Debug)]
+pub enum Executed {
+    Done {
+        payment: Payment,
+        answer: Answer,
+    },
+    /// The first reply under this key.
+    Replayed(Vec<u8>),
+    /// Not to be answered.
+    Held,
+}
+
+/// Renders the reply to be stored with a keyed request.
+pub type Render<'a> = &'a (dyn Fn(&Payment, &Answer) -> Vec<u8> + Send + Sync);
+
+impl App {
+    pub fn new(
+        store: Arc<dyn Store>,
+        clock: Arc<dyn Clock>,
+        metrics: Arc<Metrics>,
+        settings: Settings,
+    ) -> Self {
+        let ids = IdMaker::after(store.newest());
+        Self { store, clock, metrics, ids, settings }
+    }
+
+    pub fn secret(&self) -> &StoreSecret {
+        self.store.secret()
+    }
+
+    pub fn now(&self) -> Timestamp {
+        Timestamp::from_ms(self.clock.now_ms())
+    }
+
+    /// What a key is known for. A request whose key is known needs no further look.
+    pub async fn remembered(&self, key: &Key) -> Result<Option<Remembered>, Error> {
+        let known = self.store.remembered(key.idempotency.key, self.now()).await?;
+        match known {
+            Some(known) if known.request() != key.idempotency.request => {
+                Err(StoreError::KeyConflict.into())
+            }
+            Some(known) => {
+                self.metrics.idempotency_hit();
+                Ok(Some(known))
+            }
+            None => Ok(None),
+        }
+    }
+
+    /// A create whose key is known: the payment that it made.
+    pub async fn recall(&self, known: Remembered) -> Result<Created, Error> {
+        match known {
+            Remembered::Created { id, .. } => {
+                let stored = self.store.get(id).await?.ok_or(Error::NotFound)?;
+                Ok(Created { payment: stored.payment, replayed: true })
+            }
+            Remembered::Replied { .. } => {
+                Err(StoreError::Corrupt("a create's key holds a reply".to_owned()).into())
+            }
+        }
+    }
+
+    pub async fn create(&self, new: NewPayment, key: Option<Key>) -> Result<Created, Error> {
+        let now = self.now();
+        let scenario = new.scenario.unwrap_or(self.settings.scenario.default_scenario);
+        let draw = match &key {
+            None if scenario.draws() => Some(self.store.draw_number(&new.reservation_id).await?),
+            None | Some(_) => None,
+        };
+        let draw_key = match (&key, &draw) {
+            (Some(key), _) => DrawKey::Idempotency(&key.text),
+            (None, draw) => {
+                DrawKey::Reservation(&new.reservation_id, draw.as_ref().map_or(0, |draw| draw.n))
+            }
+        };
+        let plan = Plan::draw(scenario, &self.settings.scenario, &draw_key, now);
+        let idempotency = key.map(|key| key.idempotency);
+        let payment = Payment::create(Arc::new(self.terms(new, plan, idempotency, now)));
+        let change = Some(Change::Create { payment: payment.clone(), draw });
+        let commit = Commit { change, reply: None };
+        match store::commit_one(&*self.store, commit).await? {
+            Committed::Done(_) => {
+                self.metrics.payment_created(scenario.as_str());
+                self.count_outcome(None, &payment);
+                Ok(Created { payment, replayed: false })
+            }
+            Committed::Replayed(known) => {
+                self.metrics.idempotency_hit();
+                self.recall(known).await
+            }
+        }
+    }
+
+    fn terms(
+        &self,
+        new: NewPayment,
+        plan: Plan,
+        idempotency: Option<Idempotency>,
+        now: Timestamp,
+    ) -> Terms {
+        Terms {
+            id: self.ids.make(now),
+            reservation_id: new.reservation_id,
+            user_id: new.user_id,
+            amount: new.amount,
+            vat: new.vat,
+            method: new.method,
+            plan,
+            provider: PROVIDER.to_owned(),
+            webhook_url: new.webhook_url,
+            events: self.settings.events,
+            metadata: new.metadata,
+            echo: new.echo,
+            card: new.card,
+            created_at: now,
+            trace: new.trace,
+            idempotency,
+            renderer: event::RENDERER,
+        }
+    }
+
+    /// `user_id`, when given, must be the payment's.
+    pub async fn get(&self, id: PaymentId, user_id: Option<&str>) -> Result<Payment, Error> {
+        let stored = self.store.get(id).await?.ok_or(Error::NotFound)?;
+        if user_id.is_some_and(|user| user != stored.payment.terms.user_id) {
+            return Err(Error::NotYours);
+        }
+        Ok(stored.payment)
+    }
+
+    pub async fn list(&self, query: ListQuery) -> Result<Page, Error> {
+        Ok(self.store.list(query).await?)
+    }
+
+    /// Runs a command against a payment. The reply to a keyed request is stored in the same commit.
+    pub async fn execute(
+        &self,
+        id: PaymentId,
+        command: Command,
+        key: Option<&Key>,
+        render: Render<'_>,
+    ) -> Result<Executed, Error> {
+        for _ in 0..TRIES {
+            let before = self.store.get(id).await?.ok_or(Error::NotFound)?;
+            match self.attempt(&before, &command, key, render).await {
+                Err(Error::Store(StoreError::Conflict)) => {}
+                done => return done,
+            }
+        }
+        Err(StoreError::Overloaded.into())
+    }
+
+    async fn attempt(
+        &self,
+        before: &Versioned,
+        command: &Command,
+        key: Option<&Key>,
+        render: Render<'_>,
+    ) -> Result<Executed, Error> {
+        let now = self.now();
+        let step = before.payment.transition(command.clone(), now);
+        let after = step.changed.as_ref().unwrap_or(&before.payment);
+        let reply = match (&step.answer, key) {
+            // A held call stores no reply, ever.
+            (Ok(Answer::Held) | Err(_), _) | (_, None) => None,
+            (Ok(answer), Some(key)) => {
+                let bytes = render(after, answer);
+                Some(Reply { idempotency: key.idempotency, bytes, at: now })
+            }
+        };
+        let after = after.clone();
+        let change = step.changed.map(|after| Change::Update { before: before.clone(), after });
+        if change.is_some() || reply.is_some() {
+            match store::commit_one(&*self.store, Commit { change, reply }).await? {
+                Committed::Done(_) => self.count_outcome(Some(&before.payment), &after),
+                Committed::Replayed(Remembered::Replied { bytes, .. }) => {
+                    self.metrics.idempotency_hit();
+                    return Ok(Executed::Replayed(bytes));
+                }
+                Committed::Replayed(Remembered::Created { .. }) => {
+                    let why = "a command's key holds a create".to_owned();
+                    return Err(StoreError::Corrupt(why).into());
+                }
+            }
+        }
+        match step.answer? {
+            Answer::Held => Ok(Executed::Held),
+            answer => Ok(Executed::Done { payment: after, answer }),
+        }
+    }
+
+    fn count_outcome(&self, before: Option<&Payment>, after: &Payment) {
+        if before.is_none_or(|before| before.status() != after.status()) {
+            count_outcome(&self.metrics, after);
+        }
+    }
+}
+
+/// Counts a payment that has just come to an end, or to a refund.
+pub fn count_outcome(metrics: &Metrics, payment: &Payment) {
+    use crate::domain::payment::PaymentState as State;
+    let reason = match (&payment.progress.state, payment.progress.state.decision()) {
+        (State::Pending { .. } | State::Processing { .. }, _) => return,
+        (_, Some((Outcome::Failed(reason), _))) => reason.as_str(),
+        (_, Some((Outcome::Completed, _)) | None) => "",
+    };
+    metrics.payment_outcome(payment.status().short(), reason, &payment.terms.provider);
+}
+
+/// Makes ids that rise within this process and past what the store held at start, whatever the clock
+/// does: lists and scans go by them.
+struct IdMaker(Mutex<(i64, u128)>);
+
+impl IdMaker {
+    fn after(newest: Option<PaymentId>) -> Self {
+        let last_ms = newest.map_or(0, |id| id.made_at().ms());
+        Self(Mutex::new((last_ms, random_start())))
+    }
+
+    fn make(&self, now: Timestamp) -> PaymentId {
+        let mut last = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        *last = match *last {
+            (ms, _) if now.ms() > ms => (now.ms(), random_start()),
+            (ms, unique) => (ms, unique + 1),
+        };
+        PaymentId::from_parts(Timestamp::from_ms(last.0), last.1)
+    }
+}
+
+/// 79 random bits: what is left of 80 is room to count on within the millisecond.
+fn random_start() -> u128 {
+    let mut bytes = [0; 16];
+    getrandom::fill(&mut bytes[6..]).expect("the system gives randomness, or nothing here is safe");
+    bytes[6] &= 0x7f;
+    u128::from_be_bytes(bytes)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ids_rise_even_when_the_clock_falls() {
+        let ids = IdMaker::after(None);
+        let first = ids.make(Timestamp::from_ms(2_000));
+        let second = ids.make(Timestamp::from_ms(1_000));
+        let third = ids.make(Timestamp::from_ms(2_001));
+        assert!(first < second && second < third);
+        let later = IdMaker::after(Some(third)).make(Timestamp::from_ms(5));
+        assert!(later.made_at() == third.made_at());
+    }
+}

@@ -1,0 +1,499 @@
+use super::*;
+use settings::SETTINGS;
+use std::collections::BTreeSet;
+use std::fs;
+use std::process;
+
+fn start(args: &[&str], environment: &Environment) -> Result<Invocation, Ended> {
+    let args = std::iter::once("payment-sim").chain(args.iter().copied());
+    Invocation::from_args_and_env(args, environment)
+}
+
+fn config(args: &[&str], environment: impl Into<Environment>) -> Config {
+    match start(args, &environment.into()) {
+        Ok(Invocation::Serve(config)) => *config,
+        other => panic!("{other:?}"),
+    }
+}
+
+fn bad(args: &[&str], environment: impl Into<Environment>) -> Vec<BadValue> {
+    match start(args, &environment.into()) {
+        Err(Ended::BadValues(bad)) => bad,
+        other => panic!("{other:?}"),
+    }
+}
+
+fn told(args: &[&str], environment: impl Into<Environment>) -> String {
+    match start(args, &environment.into()) {
+        Err(Ended::Told(text)) => text,
+        other => panic!("{other:?}"),
+    }
+}
+
+fn is_allowed(name: &str, value: &str) -> bool {
+    match start(&[], &Environment::from([(name, value)])) {
+        Ok(Invocation::Serve(_)) => true,
+        Err(Ended::BadValues(bad)) if bad.len() == 1 && bad[0].name == name => false,
+        other => panic!("{name}={value}: {other:?}"),
+    }
+}
+
+#[test]
+fn the_defaults_are_the_contracts() {
+    let c = Config::default();
+    assert_eq!((c.grpc_port, c.ops_port), (8030, 8031));
+    assert_eq!(c.stage, Stage::Development);
+    assert_eq!(c.bind_address, IpAddr::from([127, 0, 0, 1]));
+    assert_eq!(c.public_url, None);
+    assert_eq!(c.max_in_flight, 8192);
+    assert!(c.runtime_threads >= 1);
+    assert_eq!(c.drain_delay, Duration::ZERO);
+    assert_eq!(c.log_level, LogLevel::Debug);
+    assert_eq!(c.store, StoreUrl::File("./data".into()));
+    assert_eq!(c.retention, Duration::from_secs(7 * 86_400));
+    assert_eq!(c.retention_max_payments, Some(20_000_000));
+    assert_eq!(c.idempotency_ttl, Duration::from_secs(86_400));
+    assert_eq!(c.default_scenario, Scenario::Approve);
+    assert_eq!(c.default_delay, Duration::from_secs(2));
+    assert_eq!(c.timeout_settle, Duration::from_secs(30));
+    assert_eq!(c.manual_ttl, Duration::from_secs(20));
+    assert_eq!(c.random_approval_rate, 0.8);
+    assert_eq!(c.simulation_seed, 0);
+    assert_eq!(c.webhook.secrets.newest(), "payment-sim-dev-secret");
+    assert_eq!(c.webhook.timeout, Duration::from_secs(5));
+    assert_eq!(c.webhook.max_attempts, 10);
+    assert_eq!(c.webhook.backoff_base, Duration::from_secs(1));
+    assert_eq!(c.webhook.backoff_max, Duration::from_secs(3_600));
+    assert_eq!(c.webhook.origin_concurrency, 64);
+    assert_eq!(c.webhook.concurrency, 1_024);
+    assert_eq!(c.events.sink, EventSink::Log);
+    assert_eq!(c.events.bus_name, "ticket-reservation-events");
+    assert_eq!(c.events.source, "payment-sim-api");
+    assert_eq!(c.events.aws_profile, None);
+    assert_eq!(c.events.aws_region, "ap-northeast-2");
+    assert_eq!(c.events.aws_endpoint_url, None);
+}
+
+#[test]
+fn production_has_defaults_of_its_own() {
+    let c = config(&[], [("ENVIRONMENT", "production"), ("WEBHOOK_SECRET", "of our own")]);
+    assert_eq!(c.bind_address, IpAddr::from([0, 0, 0, 0]));
+    assert_eq!(c.drain_delay, Duration::from_secs(5));
+    assert_eq!(c.events.sink, EventSink::EventBridge);
+    assert_eq!(c.log_level, LogLevel::Info);
+}
+
+#[test]
+fn memory_has_a_cap_of_its_own_and_zero_is_none() {
+    let memory = ("STORE_URL", "memory:");
+    assert_eq!(config(&[], [memory]).retention_max_payments, Some(1_000_000));
+    let zero = ("RETENTION_MAX_PAYMENTS", "0");
+    assert_eq!(config(&[], [memory, zero]).retention_max_payments, None);
+}
+
+#[test]
+fn the_seeds_profile_is_taken_only_where_it_exists() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("config");
+    let path = file.to_str().unwrap();
+    let profile = |text: &str| {
+        fs::write(&file, text).unwrap();
+        config(&[], [("AWS_CONFIG_FILE", path)]).events.aws_profile
+    };
+    let tacos = Some("tacos".to_owned());
+    assert_eq!(profile("[default]\n[profile tacos]\nregion = x\n"), tacos);
+    assert_eq!(profile("[ profile  \"tacos\" ] ; ours\n"), tacos);
+    assert_eq!(profile("[tacos]\n"), tacos);
+    assert_eq!(profile("[profile tacos2]\n# [profile tacos]\n"), None);
+    let given = config(&[], [("AWS_CONFIG_FILE", path), ("AWS_PROFILE", "mine")]);
+    assert_eq!(given.events.aws_profile.as_deref(), Some("mine"));
+
+    fs::create_dir(folder.path().join(".aws")).unwrap();
+    fs::write(folder.path().join(".aws/credentials"), "[tacos]\n").unwrap();
+    let home = config(&[], [("HOME", folder.path().to_str().unwrap())]);
+    assert_eq!(home.events.aws_profile, tacos);
+}
+
+#[test]
+fn the_first_place_that_gives_a_value_holds() {
+    let folder = tempfile::tempdir().unwrap();
+    let write = |name: &str, text: &str| fs::write(folder.path().join(name), text).unwrap();
+    let load = |mut environment: Environment| {
+        for (name, origin) in Environment::FILES {
+            environment.add_file(&folder.path().join(name), origin).unwrap();
+        }
+        environment
+    };
+    assert_eq!(config(&[], load(Environment::default())).grpc_port, 8030);
+    write(".env", "GRPC_PORT=1001\nOPS_PORT=2001\n# a comment\nMAX_IN_FLIGHT=7\n");
+    assert_eq!(config(&[], load(Environment::default())).grpc_port, 1001);
+    write(".env.local", "export GRPC_PORT='1002'\nOPS_PORT=2002\n");
+    let files = config(&[], load(Environment::default()));
+    assert_eq!((files.grpc_port, files.ops_port, files.max_in_flight), (1002, 2002, 7));
+    let environment = || load([("GRPC_PORT", "1003")].into());
+    assert_eq!(config(&[], environment()).grpc_port, 1003);
+    let flag = ["--grpc-port", "1004"];
+    assert_eq!(config(&flag, environment()).grpc_port, 1004);
+
+    let report =
+        told(&["--check-config", "--grpc-port=1004"], load([("LOG_LEVEL", "warn")].into()));
+    for line in [
+        "GRPC_PORT                   1004  (flag)",
+        "LOG_LEVEL                   warn  (environment)",
+        "OPS_PORT                    2002  (.env.local)",
+        "MAX_IN_FLIGHT               7  (.env)",
+        "EVENT_SINK                  log  (default)",
+        "PUBLIC_URL                  (unset)  (default)",
+    ] {
+        assert!(report.lines().any(|l| l == line), "{line}\n{report}");
+    }
+}
+
+#[test]
+fn an_empty_value_counts_as_not_given() {
+    let c = config(&["--public-url="], [("GRPC_PORT", ""), ("AWS_ENDPOINT_URL", " ")]);
+    assert_eq!((c.grpc_port, c.public_url), (8030, None));
+    let production = [("ENVIRONMENT", "production"), ("WEBHOOK_SECRET", "")];
+    assert_eq!(bad(&[], production)[0].shown, "not set");
+}
+
+#[test]
+fn a_file_that_cannot_be_read_is_told_without_its_secrets() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join(".env");
+    let text = "WEBHOOK_SECRET='hunter2\nGRPC_PORT=1\nhunter3 and more\n";
+    fs::write(&file, text).unwrap();
+    let errors = Environment::default().add_file(&file, Origin::DotEnv).unwrap_err();
+    let errors = Ended::BadFiles(errors).to_string();
+    assert!(errors.contains("WEBHOOK_SECRET"), "{errors}");
+    assert!(!errors.contains("hunter"), "{errors}");
+
+    let missing = Environment::default().add_file(&folder.path().join("none"), Origin::DotEnv);
+    assert_eq!(missing, Ok(environment::Found::Missing));
+    assert!(Environment::default().add_file(folder.path(), Origin::DotEnv).is_err());
+}
+
+#[test]
+fn all_bad_values_are_told_at_once() {
+    let found = bad(
+        &["--max-in-flight=many"],
+        [
+            ("GRPC_PORT", "70000"),
+            ("BIND_ADDRESS", "localhost"),
+            ("ENVIRONMENT", "staging"),
+            ("RETENTION", "forever"),
+            ("RANDOM_APPROVAL_RATE", "NaN"),
+            ("STORE_URL", "postgres://user:hunter2@db/payments"),
+            ("UNKNOWN_NAME", "is nobody's business"),
+        ],
+    );
+    let names: BTreeSet<_> = found.iter().map(|bad| bad.name).collect();
+    let expected = [
+        "BIND_ADDRESS",
+        "ENVIRONMENT",
+        "GRPC_PORT",
+        "MAX_IN_FLIGHT",
+        "RANDOM_APPROVAL_RATE",
+        "RETENTION",
+        "STORE_URL",
+    ];
+    assert_eq!(names, expected.into());
+    let text = Ended::BadValues(found).to_string();
+    for line in [
+        r#"GRPC_PORT (environment): "70000"; allowed: a whole number from 1 to 65535"#,
+        r#"MAX_IN_FLIGHT (flag): "many"; allowed: a whole number from 1 to 1000000"#,
+        r#"ENVIRONMENT (environment): "staging"; allowed: one of development, production"#,
+        "STORE_URL (environment): (value not shown); allowed: file:PATH or memory:",
+    ] {
+        assert!(text.lines().any(|l| l.trim() == line), "{line}\n{text}");
+    }
+    assert!(!text.contains("hunter2"));
+}
+
+#[test]
+fn a_bad_value_breaks_no_line_and_fills_no_screen() {
+    let long = "x\n\u{1b}[31m".repeat(100);
+    let found = bad(&[], [("GRPC_PORT", long.as_str())]);
+    assert!(!found[0].to_string().contains(['\n', '\u{1b}']));
+    assert!(found[0].shown.len() < 5 * SHOWN_CHARS, "{}", found[0].shown);
+}
+
+#[cfg(unix)]
+#[test]
+fn a_value_that_is_no_text_is_refused() {
+    use std::os::unix::ffi::OsStringExt;
+    let args = ["payment-sim".into(), "--aws-region".into(), OsString::from_vec(vec![0xff])];
+    match Invocation::from_args_and_env(args, &Environment::default()) {
+        Err(Ended::BadValues(bad)) => assert_eq!(bad[0].name, "AWS_REGION"),
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn bounds_hold_on_both_sides() {
+    for (name, allowed, refused) in [
+        ("GRPC_PORT", vec!["1", "65535", " 9000 "], vec!["0", "65536", "-1", "8030.0", "http"]),
+        ("OPS_PORT", vec!["8029"], vec!["0", "8030"]),
+        ("BIND_ADDRESS", vec!["::", "::1", "10.0.0.1"], vec!["*", "1.2.3", "127.0.0.1:80"]),
+        ("MAX_IN_FLIGHT", vec!["1", "1000000"], vec!["0", "1000001"]),
+        ("RUNTIME_THREADS", vec!["1", "256"], vec!["0", "257"]),
+        ("DRAIN_DELAY_MS", vec!["0", "20000"], vec!["20001", "5s"]),
+        ("LOG_LEVEL", vec!["error", "trace"], vec!["INFO", "verbose"]),
+        (
+            "STORE_URL",
+            vec!["file:data", "file:/data", "file:///data", "memory:"],
+            vec![
+                "data",
+                "file:",
+                "file://data",
+                "memory",
+                "memory:x",
+                "postgres://h/d",
+                "sqlite:x",
+            ],
+        ),
+        (
+            "RETENTION",
+            vec!["1s", "3650d", "36h", "1h 30m"],
+            vec!["0s", "999ms", "3651d", "10", "7 dogs"],
+        ),
+        ("IDEMPOTENCY_TTL", vec!["1s", "365d"], vec!["0s", "366d", "24"]),
+        (
+            "RETENTION_MAX_PAYMENTS",
+            vec!["0", "1000000000000"],
+            vec!["1000000000001", "1e6", "20,000"],
+        ),
+        (
+            "DEFAULT_SCENARIO",
+            vec!["approve", "fail", "delay", "random", "timeout", "manual"],
+            vec!["APPROVE", "decline"],
+        ),
+        ("DEFAULT_DELAY_MS", vec!["0", "604800000"], vec!["604800001", "2s"]),
+        ("TIMEOUT_SETTLE_MS", vec!["0", "604800000"], vec!["604800001"]),
+        ("MANUAL_TTL_MS", vec!["1", "604800000"], vec!["0", "604800001"]),
+        ("RANDOM_APPROVAL_RATE", vec!["0", "1", "0.5"], vec!["-0.1", "1.1", "inf", "80%"]),
+        ("SIMULATION_SEED", vec!["0", "18446744073709551615"], vec!["-1", "18446744073709551616"]),
+        ("WEBHOOK_TIMEOUT_MS", vec!["1", "60000"], vec!["0", "60001"]),
+        ("WEBHOOK_MAX_ATTEMPTS", vec!["1", "100"], vec!["0", "101"]),
+        ("WEBHOOK_BACKOFF_BASE_MS", vec!["1", "3600000"], vec!["0", "3600001"]),
+        ("WEBHOOK_BACKOFF_MAX_MS", vec!["1", "86400000"], vec!["0", "86400001"]),
+        ("WEBHOOK_ORIGIN_CONCURRENCY", vec!["1", "16384"], vec!["0", "16385"]),
+        ("WEBHOOK_CONCURRENCY", vec!["1", "16384"], vec!["0", "16385"]),
+        ("EVENT_SINK", vec!["eventbridge", "log", "none"], vec!["sqs", "kafka"]),
+        (
+            "EVENT_BUS_NAME",
+            vec!["b", "arn:aws:events:x:1:event-bus/b"],
+            vec!["two words", "b\u{e9}"],
+        ),
+        ("PAYMENT_EVENT_SOURCE", vec!["a.b"], vec!["a b"]),
+        ("AWS_PROFILE", vec!["my profile"], vec!["a\nb"]),
+        ("AWS_REGION", vec!["eu-central-1"], vec!["eu central"]),
+        (
+            "AWS_ENDPOINT_URL",
+            vec!["http://127.0.0.1:5555"],
+            vec!["localhost:5555", "ftp://x", "http://"],
+        ),
+        (
+            "PUBLIC_URL",
+            vec!["https://pay.example/sim/"],
+            vec!["/pay", "https://u:p@x", "https://x?y", "https://x#y"],
+        ),
+        ("ENVIRONMENT", vec!["development"], vec!["prod", "Production"]),
+        (
+            "WEBHOOK_SECRET",
+            vec!["a", "a b", "a,b,c,d,e,f,g,h", "whsec_c2VjcmV0"],
+            vec!["a,,b", ",", "a,b,c,d,e,f,g,h,i", "whsec_", "whsec_?", "a\tb"],
+        ),
+    ] {
+        for value in allowed {
+            assert!(is_allowed(name, value), "{name}={value}");
+        }
+        for value in refused {
+            assert!(!is_allowed(name, value), "{name}={value}");
+        }
+    }
+}
+
+#[test]
+fn secrets_are_a_list_newest_first_with_spaces_cut() {
+    let c = config(&[], [("WEBHOOK_SECRET", " new , of last year,whsec_c2VjcmV0 ")]);
+    let secrets: Vec<_> = c.webhook.secrets.iter().collect();
+    assert_eq!(secrets, ["new", "of last year", "whsec_c2VjcmV0"]);
+    assert_eq!(c.webhook.secrets.newest(), "new");
+}
+
+#[test]
+fn production_refuses_the_default_secret_wherever_it_stands() {
+    for secret in ["payment-sim-dev-secret", "new, payment-sim-dev-secret"] {
+        let found = bad(&[], [("ENVIRONMENT", "production"), ("WEBHOOK_SECRET", secret)]);
+        assert_eq!(found[0].name, "WEBHOOK_SECRET");
+        assert_eq!(found[0].shown, "(value not shown)");
+    }
+    assert_eq!(bad(&["--environment=production"], []).len(), 1);
+}
+
+#[test]
+fn a_secret_is_never_shown() {
+    const SECRET: &str = "hunter2";
+    let given = || Environment::from([("WEBHOOK_SECRET", SECRET)]);
+    assert!(!format!("{:?}", config(&[], given())).contains(SECRET));
+    let report = told(&["--check-config"], given());
+    assert!(report.contains("(1 set, not shown)"));
+    assert!(!report.contains(SECRET));
+    assert!(!report.contains(&BASE64_OF_SECRET[..8]), "{report}");
+    let found = bad(&["--webhook-secret", "hunter2,,"], []);
+    assert!(!Ended::BadValues(found).to_string().contains(SECRET));
+    for args in [
+        ["--webhook-secrets=hunter2", "--check-config"],
+        ["--webhook-secret=hunter2", "--webhook-secret=hunter2"],
+    ] {
+        match start(&args, &Environment::default()) {
+            Err(Ended::Usage(text)) => assert!(!text.contains(SECRET), "{text}"),
+            other => panic!("{other:?}"),
+        }
+    }
+}
+const BASE64_OF_SECRET: &str = "aHVudGVyMg==";
+
+#[test]
+fn the_told_command_derives_the_key_that_a_verifier_takes() {
+    for (secrets, keys) in [
+        ("hunter2", vec!["whsec_aHVudGVyMg=="]),
+        ("whsec_c2VjcmV0", vec![]),
+        ("  hunter2 , whsec_c2VjcmV0,a b", vec!["whsec_aHVudGVyMg==", "whsec_YSBi"]),
+    ] {
+        let report = told(&["--check-config"], [("WEBHOOK_SECRET", secrets)]);
+        let commands = report.lines().filter(|line| line.starts_with("  printf"));
+        let printed: Vec<String> = commands
+            .map(|command| {
+                let output = process::Command::new("sh")
+                    .args(["-c", command])
+                    .env("WEBHOOK_SECRET", secrets)
+                    .output()
+                    .unwrap();
+                String::from_utf8(output.stdout).unwrap().trim_end().to_owned()
+            })
+            .collect();
+        assert_eq!(printed, keys, "{report}");
+    }
+}
+
+#[test]
+fn every_setting_is_a_flag_and_in_help_with_its_default_and_bounds() {
+    let help = told(&["--help"], []);
+    let words = help.split_whitespace().collect::<Vec<_>>().join(" ");
+    for setting in SETTINGS {
+        assert!(help.contains(&format!("--{} <", setting.flag())), "{}", setting.name);
+        let facts = format!(
+            "[{}; default: {}; allowed: {}]",
+            setting.name,
+            setting.default_text().replace('`', ""),
+            setting.kind.allowed()
+        );
+        assert!(words.contains(&facts), "{facts}\n{words}");
+        assert!(words.contains(setting.help), "{}", setting.name);
+    }
+    for other in ["--check-config", "--version", "healthcheck"] {
+        assert!(help.contains(other), "{other}");
+    }
+}
+
+#[test]
+fn every_default_is_allowed_in_every_case() {
+    for stage in [Stage::Development, Stage::Production] {
+        for store in ["memory:", "file:x"] {
+            config(
+                &["--webhook-secret=x"],
+                [("ENVIRONMENT", stage.as_str()), ("STORE_URL", store)],
+            );
+        }
+    }
+}
+
+#[test]
+fn names_are_distinct() {
+    let names: BTreeSet<_> = SETTINGS.iter().map(|s| s.name).collect();
+    assert_eq!(names.len(), SETTINGS.len());
+}
+
+#[test]
+fn an_unknown_flag_is_refused_and_an_unknown_variable_is_not() {
+    assert!(matches!(start(&["--grpc-prot=1"], &Environment::default()), Err(Ended::Usage(_))));
+    assert!(matches!(start(&["serve"], &Environment::default()), Err(Ended::Usage(_))));
+    config(&[], [("GRPC_PROT", "1")]);
+}
+
+#[test]
+fn version_is_the_packages() {
+    let version = concat!("payment-sim ", env!("CARGO_PKG_VERSION"), "\n");
+    assert_eq!(told(&["--version"], []), version);
+}
+
+#[test]
+fn healthcheck_asks_where_the_instance_answers() {
+    let target = |args: &[&str], environment: Environment| match start(args, &environment) {
+        Ok(Invocation::Healthcheck { ops }) => ops.to_string(),
+        other => panic!("{other:?}"),
+    };
+    assert_eq!(target(&["healthcheck"], [].into()), "127.0.0.1:8031");
+    let given = Environment::from([("OPS_PORT", "9"), ("BIND_ADDRESS", "0.0.0.0")]);
+    assert_eq!(target(&["healthcheck"], given), "127.0.0.1:9");
+    let flags = ["healthcheck", "--ops-port=10", "--bind-address=::"];
+    assert_eq!(target(&flags, [].into()), "[::1]:10");
+    // In production without a secret, and with a bad value elsewhere: not its business.
+    let broken = Environment::from([("ENVIRONMENT", "production"), ("GRPC_PORT", "x")]);
+    assert_eq!(target(&["healthcheck"], broken), "127.0.0.1:8031");
+    assert_eq!(bad(&["healthcheck"], [("OPS_PORT", "x")])[0].name, "OPS_PORT");
+}
+
+#[test]
+fn an_endpoint_from_the_environment_is_left_to_the_sdk() {
+    let url = "http://127.0.0.1:5555/";
+    let from_environment = config(&[], [("AWS_ENDPOINT_URL", url)]);
+    assert_eq!(from_environment.events.aws_endpoint_url, None);
+    let from_flag = config(&["--aws-endpoint-url", url], []);
+    assert_eq!(from_flag.events.aws_endpoint_url.unwrap().as_str(), url);
+}
+
+#[test]
+fn the_public_url_loses_its_last_slash() {
+    let c = config(&[], [("PUBLIC_URL", "https://pay.example/sim/")]);
+    assert_eq!(c.public_url.as_deref(), Some("https://pay.example/sim"));
+}
+
+/// `UPDATE=1 cargo test env_template` writes the file anew.
+#[test]
+fn env_template_is_the_tables() {
+    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/.env.template");
+    #[expect(clippy::disallowed_methods, reason = "an order to this test, no setting")]
+    if std::env::var_os("UPDATE").is_some() {
+        fs::write(path, env_template()).unwrap();
+    }
+    assert_eq!(fs::read_to_string(path).unwrap(), env_template());
+}
+
+#[test]
+fn env_template_with_all_its_lines_in_force_is_the_default() {
+    let mut environment = Environment::default();
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join(".env");
+    let lines: Vec<_> = env_template()
+        .lines()
+        .filter_map(|line| line.strip_prefix('#'))
+        .filter(|line| !line.starts_with([' ', '#']))
+        .map(str::to_owned)
+        .collect();
+    assert_eq!(lines.len(), SETTINGS.len());
+    fs::write(&file, lines.join("\n")).unwrap();
+    environment.add_file(&file, Origin::DotEnv).unwrap();
+    let mut c = config(&[], environment);
+    assert_eq!(c.events.aws_profile.take().as_deref(), Some("tacos"));
+    assert_eq!(format!("{c:?}"), format!("{:?}", Config::default()));
+}
+
+#[test]
+fn the_readmes_table_has_every_setting_in_four_columns() {
+    let table = markdown_table();
+    assert_eq!(table.lines().count(), SETTINGS.len() + 2);
+    assert!(table.lines().all(|line| line.matches('|').count() == 5), "{table}");
+}

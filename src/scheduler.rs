@@ -1,0 +1,74 @@
+//! Moves time forward: payments whose moment has come are woken, a batch to a commit.
+
+use std::sync::Arc;
+
+use async_trait::async_trait;
+
+use crate::{
+    app,
+    clock::Clock,
+    domain::{payment::Command, time::Timestamp},
+    driver::Step,
+    metrics::Metrics,
+    store::{Change, Commit, Committed, Store, StoreError, Work},
+};
+
+/// Payments woken in one commit.
+const BATCH: usize = 500;
+
+pub struct Scheduler {
+    pub store: Arc<dyn Store>,
+    pub clock: Arc<dyn Clock>,
+    pub metrics: Arc<Metrics>,
+}
+
+#[async_trait]
+impl Step for Scheduler {
+    fn work(&self) -> Work {
+        Work::Wake
+    }
+
+    async fn step(&self) -> usize {
+        self.wake_due().await.unwrap_or_else(|error| {
+            tracing::warn!(%error, "due payments could not be woken");
+            0
+        })
+    }
+}
+
+impl Scheduler {
+    async fn wake_due(&self) -> Result<usize, StoreError> {
+        let now = Timestamp::from_ms(self.clock.now_ms());
+        // Leases are held to the end of the step: nobody else takes these payments meanwhile.
+        let leases = self.store.due(Work::Wake, now, BATCH).await?;
+        let mut commits = Vec::with_capacity(leases.len());
+        let mut woken = Vec::with_capacity(leases.len());
+        for lease in &leases {
+            let Some(before) = self.store.get(lease.id).await? else { continue };
+            let Some(after) = before.payment.transition(Command::Wake, now).changed else {
+                continue;
+            };
+            woken.push((before.payment.progress.state.wakes_at(), after.clone()));
+            commits.push(Commit { change: Some(Change::Update { before, after }), reply: None });
+        }
+        #[cfg(feature = "faults")]
+        let again = crate::faults::wakes_again(&commits);
+        let answers = self.store.commit(commits).await;
+        #[cfg(feature = "faults")]
+        crate::faults::wake_again(&*self.store, again).await;
+        let mut done = 0;
+        for ((due, payment), answer) in woken.into_iter().zip(answers) {
+            match answer {
+                Ok(Committed::Done(_)) => {
+                    done += 1;
+                    self.metrics.decision_lag(now.since(due.unwrap_or(now)));
+                    app::count_outcome(&self.metrics, &payment);
+                }
+                // Somebody else was quicker; if anything is left to do it is still due.
+                Ok(Committed::Replayed(_)) | Err(StoreError::Conflict) => {}
+                Err(error) => tracing::warn!(%error, "a due payment could not be woken"),
+            }
+        }
+        Ok(done)
+    }
+}

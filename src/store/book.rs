@@ -1,0 +1,330 @@
+//! Due times in memory: what every open payment waits for, and who works on it just now.
+//!
+//! Nothing here is the truth: it is rebuilt from what is stored at every start.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
+
+use tokio::sync::Notify;
+
+use super::{Backlog, Work};
+use crate::domain::{delivery::Channel, ids::PaymentId, payment::Payment, time::Timestamp};
+
+/// A payment that waits longer than this after its creation has an entry in the `Due` table and is
+/// not looked for by the scan at start.
+pub const SCAN_WINDOW_MS: u64 = 60_000;
+
+/// When each kind of work of a payment is due.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Dues([Option<Timestamp>; Work::ALL.len()]);
+
+impl Dues {
+    pub fn of(payment: &Payment) -> Self {
+        Self([
+            payment.progress.state.wakes_at(),
+            payment.delivery_due(Channel::Event),
+            payment.delivery_due(Channel::Webhook),
+        ])
+    }
+
+    pub fn earliest(&self) -> Option<Timestamp> {
+        self.0.iter().flatten().min().copied()
+    }
+
+    /// The time under which the payment stands in the `Due` table, if it does: a pure function of the
+    /// record, so that a commit knows which entry the record before it had.
+    pub fn entry(&self, created_at: Timestamp) -> Option<Timestamp> {
+        self.earliest().filter(|due| *due > created_at.plus_ms(SCAN_WINDOW_MS))
+    }
+}
+
+#[derive(Clone, Copy, Debug, Default)]
+struct Slot {
+    due: Option<Timestamp>,
+    /// Where it stands in the queue, when it does.
+    queued: Option<Timestamp>,
+    leased: bool,
+}
+
+#[derive(Debug, Default)]
+struct Open {
+    slots: [Slot; Work::ALL.len()],
+    entry: Option<Timestamp>,
+}
+
+#[derive(Debug)]
+struct Pages {
+    open: BTreeMap<PaymentId, Open>,
+    queues: [BTreeSet<(Timestamp, PaymentId)>; Work::ALL.len()],
+    /// Payments in memory without an entry in `Due`: the scan at start must reach the oldest of them.
+    unlisted: BTreeSet<PaymentId>,
+    /// Entries of `Due` up to here are in memory.
+    read_until: Timestamp,
+}
+
+#[derive(Debug)]
+pub struct Book {
+    pages: Mutex<Pages>,
+    changed: [Arc<Notify>; Work::ALL.len()],
+}
+
+/// Where the scan at start has to begin.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Floors {
+    /// The oldest payment in memory that has no entry in `Due`.
+    pub payment: Option<PaymentId>,
+    /// All entries of `Due` before this are gone.
+    pub due: Timestamp,
+}
+
+impl Book {
+    pub fn new(read_until: Timestamp) -> Self {
+        let pages = Pages {
+            open: BTreeMap::new(),
+            queues: Default::default(),
+            unlisted: BTreeSet::new(),
+            read_until,
+        };
+        Self { pages: Mutex::new(pages), changed: Default::default() }
+    }
+
+    fn pages(&self) -> MutexGuard<'_, Pages> {
+        self.pages.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub fn changed(&self, work: Work) -> Arc<Notify> {
+        Arc::clone(&self.changed[work as usize])
+    }
+
+    pub fn open(&self) -> usize {
+        self.pages().open.len()
+    }
+
+    /// Takes note of payments as they are now stored.
+    pub fn note(&self, payments: impl IntoIterator<Item = (PaymentId, Timestamp, Dues)>) {
+        let mut pages = self.pages();
+        let mut nearer = [false; Work::ALL.len()];
+        for (id, created_at, dues) in payments {
+            pages.note(id, dues, dues.entry(created_at), &mut nearer);
+        }
+        drop(pages);
+        for (notify, nearer) in self.changed.iter().zip(nearer) {
+            if nearer {
+                notify.notify_one();
+            }
+        }
+    }
+
+    pub fn lease(&self, work: Work, until: Timestamp, max: usize) -> Vec<PaymentId> {
+        let mut pages = self.pages();
+        let mut leased = Vec::new();
+        while leased.len() < max {
+            let Some(&(due, id)) = pages.queues[work as usize].first() else { break };
+            if due > until {
+                break;
+            }
+            pages.queues[work as usize].pop_first();
+            let open = pages.open.get_mut(&id).expect("whoever is queued is open");
+            open.slots[work as usize].queued = None;
+            open.slots[work as usize].leased = true;
+            leased.push(id);
+        }
+        leased
+    }
+
+    /// The range of `Due` to read before leasing up to `until`, when there is one.
+    pub fn unread(&self, until: Timestamp) -> Option<(Timestamp, Timestamp)> {
+        let pages = self.pages();
+        (until >= pages.read_until).then(|| (pages.read_until, until.plus_ms(SCAN_WINDOW_MS)))
+    }
+
+    pub fn has_read(&self, until: Timestamp) {
+        let mut pages = self.pages();
+        pages.read_until = pages.read_until.max(until);
+    }
+
+    pub fn next_due(&self, work: Work) -> Option<Timestamp> {
+        let pages = self.pages();
+        let queued = pages.queues[work as usize].first().map(|(due, _)| *due);
+        Some(queued.map_or(pages.read_until, |due| due.min(pages.read_until)))
+    }
+
+    pub fn backlog(&self, work: Work) -> Backlog {
+        let pages = self.pages();
+        let queue = &pages.queues[work as usize];
+        Backlog { pending: queue.len(), oldest: queue.first().map(|(due, _)| *due) }
+    }
+
+    pub fn floors(&self) -> Floors {
+        let pages = self.pages();
+        let listed = pages.open.values().filter_map(|open| open.entry).min();
+        Floors {
+            payment: pages.unlisted.first().copied(),
+            due: listed.map_or(pages.read_until, |due| due.min(pages.read_until)),
+        }
+    }
+
+    fn release(&self, work: Work, id: PaymentId, not_before: Option<Timestamp>) {
+        let mut pages = self.pages();
+        let Some(open) = pages.open.get_mut(&id) else { return };
+        let slot = &mut open.slots[work as usize];
+        slot.leased = false;
+        slot.queued = slot.due.map(|due| not_before.map_or(due, |at| due.max(at)));
+        if let Some(at) = slot.queued {
+            pages.queues[work as usize].insert((at, id));
+        }
+        pages.forget_if_idle(id);
+        drop(pages);
+        self.changed[work as usize].notify_one();
+    }
+}
+
+impl Pages {
+    fn note(&mut self, id: PaymentId, dues: Dues, entry: Option<Timestamp>, nearer: &mut [bool]) {
+        let open = self.open.entry(id).or_default();
+        open.entry = entry;
+        for (i, slot) in open.slots.iter_mut().enumerate() {
+            slot.due = dues.0[i];
+            let at = slot.due.filter(|_| !slot.leased);
+            if slot.queued == at {
+                continue;
+            }
+            if let Some(old) = slot.queued {
+                self.queues[i].remove(&(old, id));
+            }
+            slot.queued = at;
+            if let Some(at) = at {
+                nearer[i] |= self.queues[i].first().is_none_or(|(first, _)| at < *first);
+                self.queues[i].insert((at, id));
+            }
+        }
+        if entry.is_none() && dues.earliest().is_some() {
+            self.unlisted.insert(id);
+        } else {
+            self.unlisted.remove(&id);
+        }
+        self.forget_if_idle(id);
+    }
+
+    /// A payment leaves memory when it waits for nothing, or for something that `Due` will give back.
+    fn forget_if_idle(&mut self, id: PaymentId) {
+        let Some(open) = self.open.get(&id) else { return };
+        if open.slots.iter().any(|slot| slot.leased) {
+            return;
+        }
+        let earliest = open.slots.iter().filter_map(|slot| slot.due).min();
+        let listed_later = open.entry.is_some_and(|at| at > self.read_until);
+        if earliest.is_some() && !listed_later {
+            return;
+        }
+        for (i, slot) in open.slots.iter().enumerate() {
+            if let Some(at) = slot.queued {
+                self.queues[i].remove(&(at, id));
+            }
+        }
+        self.open.remove(&id);
+    }
+}
+
+/// Takes leases back.
+pub trait Releases: Send + Sync {
+    fn release(&self, work: Work, id: PaymentId, not_before: Option<Timestamp>);
+}
+
+impl Releases for Book {
+    fn release(&self, work: Work, id: PaymentId, not_before: Option<Timestamp>) {
+        Book::release(self, work, id, not_before);
+    }
+}
+
+/// The sole right to work on what a payment waits for, until dropped. It saves work; what keeps a
+/// payment from being decided twice is the revision.
+pub struct Lease {
+    pub id: PaymentId,
+    work: Work,
+    not_before: Option<Timestamp>,
+    from: Arc<dyn Releases>,
+}
+
+impl Lease {
+    pub fn new(id: PaymentId, work: Work, from: Arc<dyn Releases>) -> Self {
+        Self { id, work, not_before: None, from }
+    }
+
+    /// Gives the work back, to be leased again at `at` at the earliest.
+    pub fn put_off(mut self, at: Timestamp) {
+        self.not_before = Some(at);
+    }
+}
+
+impl Drop for Lease {
+    fn drop(&mut self) {
+        self.from.release(self.work, self.id, self.not_before);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn id(n: u128) -> PaymentId {
+        PaymentId::from_parts(Timestamp::from_ms(1_000), n)
+    }
+
+    fn at(ms: i64) -> Timestamp {
+        Timestamp::from_ms(ms)
+    }
+
+    fn wake(ms: i64) -> Dues {
+        Dues([Some(at(ms)), None, None])
+    }
+
+    #[test]
+    fn due_work_is_leased_once_and_comes_back_when_released() {
+        let book = Arc::new(Book::new(at(100_000)));
+        book.note([(id(1), at(1_000), wake(2_000)), (id(2), at(1_000), wake(1_500))]);
+        assert_eq!(book.lease(Work::Wake, at(1_999), 10), [id(2)]);
+        assert!(book.lease(Work::Wake, at(1_999), 10).is_empty());
+        drop(Lease::new(id(2), Work::Wake, Arc::clone(&book) as Arc<dyn Releases>));
+        assert_eq!(book.lease(Work::Wake, at(5_000), 10), [id(2), id(1)]);
+    }
+
+    #[test]
+    fn a_change_during_a_lease_counts_after_it() {
+        let book = Arc::new(Book::new(at(100_000)));
+        book.note([(id(1), at(1_000), wake(2_000))]);
+        book.lease(Work::Wake, at(2_000), 1);
+        book.note([(id(1), at(1_000), wake(3_000))]);
+        assert!(book.lease(Work::Wake, at(9_000), 1).is_empty(), "still leased");
+        Releases::release(&*book, Work::Wake, id(1), None);
+        assert_eq!(book.next_due(Work::Wake), Some(at(3_000)));
+        book.note([(id(1), at(1_000), Dues::default())]);
+        assert_eq!((book.open(), book.backlog(Work::Wake).pending), (0, 0));
+    }
+
+    #[test]
+    fn what_waits_long_leaves_memory_and_moves_no_floor() {
+        let book = Book::new(at(100_000));
+        book.note([(id(1), at(1_000), wake(500_000)), (id(2), at(1_000), wake(2_000))]);
+        assert_eq!(book.open(), 1);
+        assert_eq!(book.floors(), Floors { payment: Some(id(2)), due: at(100_000) });
+        assert_eq!(book.unread(at(99_999)), None);
+        assert_eq!(book.unread(at(500_000)), Some((at(100_000), at(560_000))));
+        book.has_read(at(560_000));
+        book.note([(id(1), at(1_000), wake(500_000))]);
+        assert_eq!(book.floors(), Floors { payment: Some(id(2)), due: at(500_000) });
+        assert_eq!(book.lease(Work::Wake, at(500_000), 9), [id(2), id(1)]);
+    }
+
+    #[test]
+    fn work_put_off_is_not_leased_before() {
+        let book = Arc::new(Book::new(at(100_000)));
+        book.note([(id(1), at(1_000), wake(2_000))]);
+        book.lease(Work::Wake, at(2_000), 1);
+        Lease::new(id(1), Work::Wake, Arc::clone(&book) as Arc<dyn Releases>).put_off(at(4_000));
+        assert!(book.lease(Work::Wake, at(3_999), 1).is_empty());
+        assert_eq!(book.lease(Work::Wake, at(4_000), 1), [id(1)]);
+    }
+}

@@ -1,0 +1,444 @@
+//! What every engine under the store must do, run against each of them.
+
+use std::{sync::Arc, time::Duration};
+
+use super::*;
+use crate::{
+    clock::ManualClock,
+    domain::{
+        delivery::{Attempt, Attempted, Channel, RetryPolicy, Verdict},
+        event,
+        money::{Currency, Money},
+        payment::{Cancel, Command, Method, Status, Terms, Trace},
+        scenario::{DrawKey, Plan, Scenario, Settings},
+    },
+};
+
+const START: i64 = 1_767_225_600_000;
+
+struct Bed {
+    clock: ManualClock,
+    store: Option<Arc<Embedded>>,
+    folder: Option<tempfile::TempDir>,
+    retention: Retention,
+}
+
+const DAY: Duration = Duration::from_secs(86_400);
+const KEEP: Retention = Retention { payments: DAY, idempotency: DAY, payments_max: None };
+
+impl Bed {
+    fn memory() -> Self {
+        Self::new(None, KEEP)
+    }
+
+    fn disk() -> Self {
+        Self::new(Some(tempfile::tempdir().unwrap()), KEEP)
+    }
+
+    fn new(folder: Option<tempfile::TempDir>, retention: Retention) -> Self {
+        let clock = ManualClock::at_ms(START);
+        let mut bed = Self { clock, store: None, folder, retention };
+        bed.store = Some(bed.open().unwrap());
+        bed
+    }
+
+    fn url(&self) -> String {
+        match &self.folder {
+            Some(folder) => format!("file:{}", folder.path().join("data").display()),
+            None => "memory:".to_owned(),
+        }
+    }
+
+    fn open(&self) -> Result<Arc<Embedded>, OpenError> {
+        open(
+            &self.url(),
+            Options {
+                retention: self.retention,
+                clock: Arc::new(self.clock.clone()),
+                on_commit: Arc::new(|_, _| {}),
+                on_dropped_early: Arc::new(|_| {}),
+            },
+        )
+    }
+
+    fn store(&self) -> &Arc<Embedded> {
+        self.store.as_ref().unwrap()
+    }
+
+    async fn close(&mut self) {
+        let store = self.store.take().unwrap();
+        store.close().await;
+        drop(store);
+    }
+
+    async fn reopen(&mut self) {
+        self.close().await;
+        self.store = Some(self.open().unwrap());
+    }
+
+    fn now(&self) -> Timestamp {
+        Timestamp::from_ms(crate::clock::Clock::now_ms(&self.clock))
+    }
+
+    fn payment(&self, n: u128, scenario: Scenario, key: Option<(u8, u8)>) -> Payment {
+        let settings = Settings {
+            default_scenario: Scenario::Approve,
+            default_delay: Duration::from_secs(2),
+            timeout_settle: Duration::from_secs(30),
+            manual_ttl: Duration::from_secs(300),
+            random_approval_rate: 0.8,
+            seed: 0,
+        };
+        let now = self.now();
+        Payment::create(Arc::new(Terms {
+            id: PaymentId::from_parts(now, n),
+            reservation_id: format!("res-{}", n % 3),
+            user_id: format!("user-{}", n % 2),
+            amount: Money { amount: 1_000, currency: Currency::parse("KRW").unwrap() },
+            vat: None,
+            method: Method::CreditCard,
+            plan: Plan::draw(scenario, &settings, &DrawKey::Idempotency("k"), now),
+            provider: "sim".into(),
+            webhook_url: Some("http://127.0.0.1:9/".into()),
+            events: false,
+            metadata: None,
+            echo: None,
+            card: None,
+            created_at: now,
+            trace: Trace::default(),
+            idempotency: key.map(|(key, request)| Idempotency {
+                key: KeyHash([key; 16]),
+                request: RequestHash([request; 16]),
+            }),
+            renderer: event::RENDERER,
+        }))
+    }
+
+    async fn create(&self, payment: &Payment) -> Result<Committed, StoreError> {
+        let change = Change::Create { payment: payment.clone(), draw: None };
+        commit_one(&**self.store(), Commit { change: Some(change), reply: None }).await
+    }
+
+    async fn update(&self, before: Versioned, after: Payment) -> Result<Committed, StoreError> {
+        let change = Change::Update { before, after };
+        commit_one(&**self.store(), Commit { change: Some(change), reply: None }).await
+    }
+
+    async fn get(&self, payment: &Payment) -> Option<Versioned> {
+        self.store().get(payment.terms.id).await.unwrap()
+    }
+
+    /// Marks the payment's webhook delivered.
+    async fn deliver(&self, payment: &Payment) {
+        let before = self.get(payment).await.unwrap();
+        let attempt =
+            Attempt { at: self.now(), http_status: Some(200), latency_ms: 1, error: None };
+        let done = Attempted { attempt, verdict: Verdict::Accepted };
+        let policy = RetryPolicy { max_attempts: None, backoff_base: DAY, backoff_max: DAY };
+        let after = before
+            .payment
+            .after_attempt((1, Channel::Webhook), done, self.now(), &policy, 0.0)
+            .unwrap();
+        self.update(before, after).await.unwrap();
+    }
+
+    async fn due(&self, work: Work) -> Vec<Lease> {
+        self.store().due(work, self.now(), 100).await.unwrap()
+    }
+
+    async fn page(&self, query: ListQuery) -> Page {
+        self.store().list(query).await.unwrap()
+    }
+}
+
+fn any() -> ListQuery {
+    ListQuery {
+        user: None,
+        reservation: None,
+        status: None,
+        created_from: None,
+        created_to: None,
+        beyond: None,
+        direction: Direction::Older,
+        skip: 0,
+        limit: 100,
+    }
+}
+
+fn cancelled(before: &Versioned, now: Timestamp) -> Payment {
+    let step = before.payment.transition(Command::Cancel(Cancel::default()), now);
+    step.changed.expect("it was pending")
+}
+
+macro_rules! on_every_engine {
+    ($($name:ident),* $(,)?) => {
+        mod memory { $( #[tokio::test] async fn $name() { super::$name(super::Bed::memory()).await; } )* }
+        mod disk { $( #[tokio::test] async fn $name() { super::$name(super::Bed::disk()).await; } )* }
+    };
+}
+
+on_every_engine![
+    a_payment_comes_back_as_it_was_stored,
+    an_update_on_an_old_revision_is_refused,
+    a_key_is_answered_once_and_for_all_until_it_lapses,
+    replies_are_given_back_and_lapse,
+    due_work_is_handed_out_once,
+    what_waits_long_is_read_back_in_time,
+    lists_neither_skip_nor_repeat,
+    draws_count_from_zero_without_gaps,
+    settled_payments_go_after_their_time,
+];
+
+async fn a_payment_comes_back_as_it_was_stored(bed: Bed) {
+    for (n, scenario) in (0_u128..).zip(Scenario::ALL) {
+        let payment = bed.payment(n, scenario, None);
+        assert_eq!(bed.create(&payment).await, Ok(Committed::Done(Revision(0))));
+        let stored = bed.get(&payment).await.unwrap();
+        assert_eq!(stored, Versioned { payment, revision: Revision(0) });
+    }
+    let unknown = bed.payment(99, Scenario::Approve, None);
+    assert_eq!(bed.get(&unknown).await, None);
+    assert_eq!(bed.store().payments(), 6);
+}
+
+async fn an_update_on_an_old_revision_is_refused(bed: Bed) {
+    let payment = bed.payment(1, Scenario::Manual, None);
+    bed.create(&payment).await.unwrap();
+    let before = bed.get(&payment).await.unwrap();
+    let after = cancelled(&before, bed.now());
+    let twice = || Commit {
+        change: Some(Change::Update { before: before.clone(), after: after.clone() }),
+        reply: None,
+    };
+    let answers = bed.store().commit(vec![twice(), twice()]).await;
+    assert_eq!(answers, [Ok(Committed::Done(Revision(1))), Err(StoreError::Conflict)]);
+    assert_eq!(bed.update(before, after.clone()).await, Err(StoreError::Conflict));
+    assert_eq!(bed.get(&payment).await.unwrap().payment, after);
+    let ghost = bed.payment(2, Scenario::Manual, None);
+    let before = Versioned { payment: ghost.clone(), revision: Revision(0) };
+    assert_eq!(bed.update(before, ghost).await, Err(StoreError::Conflict), "never created");
+}
+
+async fn a_key_is_answered_once_and_for_all_until_it_lapses(bed: Bed) {
+    let first = bed.payment(1, Scenario::Approve, Some((7, 1)));
+    bed.create(&first).await.unwrap();
+    let again = bed.payment(2, Scenario::Approve, Some((7, 1)));
+    let known = Remembered::Created { request: RequestHash([1; 16]), id: first.terms.id };
+    assert_eq!(bed.create(&again).await, Ok(Committed::Replayed(known.clone())));
+    assert_eq!(bed.get(&again).await, None, "nothing was stored");
+    let other = bed.payment(3, Scenario::Approve, Some((7, 2)));
+    assert_eq!(bed.create(&other).await, Err(StoreError::KeyConflict));
+    let remembered = bed.store().remembered(KeyHash([7; 16]), bed.now()).await;
+    assert_eq!(remembered, Ok(Some(known)));
+    bed.clock.advance(DAY);
+    let later = bed.payment(4, Scenario::Approve, Some((7, 2)));
+    assert_eq!(bed.create(&later).await, Ok(Committed::Done(Revision(0))), "it had lapsed");
+}
+
+async fn replies_are_given_back_and_lapse(bed: Bed) {
+    let reply = |request, bytes: &[u8]| Commit {
+        change: None,
+        reply: Some(Reply {
+            idempotency: Idempotency { key: KeyHash([9; 16]), request: RequestHash([request; 16]) },
+            bytes: bytes.to_vec(),
+            at: bed.now(),
+        }),
+    };
+    let store = bed.store();
+    assert!(matches!(commit_one(&**store, reply(1, b"one")).await, Ok(Committed::Done(_))));
+    let replayed = commit_one(&**store, reply(1, b"two")).await;
+    let known = Remembered::Replied { request: RequestHash([1; 16]), bytes: b"one".to_vec() };
+    assert_eq!(replayed, Ok(Committed::Replayed(known)));
+    assert_eq!(commit_one(&**store, reply(2, b"two")).await, Err(StoreError::KeyConflict));
+    bed.clock.advance(DAY + Duration::from_millis(1));
+    assert_eq!(store.remembered(KeyHash([9; 16]), bed.now()).await, Ok(None));
+    let upkeep = Arc::clone(store);
+    tokio::task::spawn_blocking(move || upkeep.upkeep()).await.unwrap();
+    assert!(matches!(commit_one(&**store, reply(2, b"two")).await, Ok(Committed::Done(_))));
+}
+
+async fn due_work_is_handed_out_once(bed: Bed) {
+    let payment = bed.payment(1, Scenario::Approve, None);
+    bed.create(&payment).await.unwrap();
+    assert!(bed.due(Work::Webhook).await.is_empty(), "two seconds too early");
+    bed.clock.advance(Duration::from_secs(2));
+    let leased = bed.due(Work::Webhook).await;
+    assert_eq!(leased.iter().map(|l| l.id).collect::<Vec<_>>(), [payment.terms.id]);
+    assert!(bed.due(Work::Webhook).await.is_empty(), "leased");
+    drop(leased);
+    let leased = bed.due(Work::Webhook).await;
+    assert_eq!(leased.len(), 1, "given back");
+    bed.deliver(&payment).await;
+    drop(leased);
+    assert!(bed.due(Work::Webhook).await.is_empty(), "delivered");
+}
+
+async fn what_waits_long_is_read_back_in_time(mut bed: Bed) {
+    // Its 300 s lie beyond the scan window.
+    let payment = bed.payment(1, Scenario::Manual, None);
+    bed.create(&payment).await.unwrap();
+    if bed.folder.is_some() {
+        bed.reopen().await;
+    }
+    assert!(bed.due(Work::Wake).await.is_empty());
+    bed.clock.advance(Duration::from_secs(299));
+    assert!(bed.due(Work::Wake).await.is_empty());
+    bed.clock.advance(Duration::from_secs(1));
+    assert_eq!(bed.due(Work::Wake).await.len(), 1);
+    let before = bed.get(&payment).await.unwrap();
+    let after = before.payment.transition(Command::Wake, bed.now()).changed.unwrap();
+    assert_eq!(after.status(), Status::Expired);
+    bed.update(before, after).await.unwrap();
+    assert!(bed.due(Work::Wake).await.is_empty());
+    assert_eq!(bed.due(Work::Webhook).await.len(), 1);
+}
+
+async fn lists_neither_skip_nor_repeat(bed: Bed) {
+    let mut all = Vec::new();
+    for n in 0..60 {
+        let payment = bed.payment(n, Scenario::Approve, None);
+        bed.create(&payment).await.unwrap();
+        all.insert(0, payment);
+        bed.clock.advance(Duration::from_millis(10));
+    }
+    let ids = |page: &Page| page.payments.iter().map(|v| v.payment.terms.id).collect::<Vec<_>>();
+    let wanted = |keep: &dyn Fn(&Payment) -> bool| -> Vec<PaymentId> {
+        all.iter().filter(|p| keep(p)).map(|p| p.terms.id).collect()
+    };
+    assert_eq!(ids(&bed.page(any()).await), wanted(&|_| true));
+    let user = ListQuery { user: Some("user-1".into()), limit: 7, ..any() };
+    let mut seen = Vec::new();
+    let mut beyond = None;
+    loop {
+        let page = bed.page(ListQuery { beyond, ..user.clone() }).await;
+        seen.extend(ids(&page));
+        // One that arrives meanwhile is newer than the first page and moves nothing.
+        let fresh = bed.payment(1_000 + seen.len() as u128, Scenario::Approve, None);
+        bed.create(&fresh).await.unwrap();
+        match page.more_beyond {
+            Some(at) => beyond = Some(at),
+            None => break,
+        }
+    }
+    assert_eq!(seen, wanted(&|p| p.terms.user_id == "user-1"));
+    let both = ListQuery {
+        user: Some("user-0".into()),
+        reservation: Some("res-2".into()),
+        created_to: Some(Timestamp::from_ms(START + 600)),
+        created_from: Some(Timestamp::from_ms(START + 100)),
+        ..any()
+    };
+    let in_range = |p: &Payment| (100..600).contains(&(p.terms.created_at.ms() - START));
+    let theirs = wanted(&|p| {
+        p.terms.user_id == "user-0" && p.terms.reservation_id == "res-2" && in_range(p)
+    });
+    assert_eq!(ids(&bed.page(both.clone()).await), theirs);
+    let back = ListQuery { direction: Direction::Newer, beyond: Some(theirs[4]), limit: 2, ..both };
+    assert_eq!(ids(&bed.page(back).await), theirs[2..4]);
+    let none = ListQuery { status: Some(Status::Failed), ..any() };
+    assert_eq!(bed.page(none).await.counted, 0);
+}
+
+async fn draws_count_from_zero_without_gaps(mut bed: Bed) {
+    for n in 0..3 {
+        let draw = bed.store().draw_number("res").await.unwrap();
+        assert_eq!(draw.n, n);
+        let payment = bed.payment(u128::from(n), Scenario::Random, None);
+        let change = Change::Create { payment, draw: Some(draw) };
+        let commit = Commit { change: Some(change), reply: None };
+        commit_one(&**bed.store(), commit).await.unwrap();
+    }
+    if bed.folder.is_some() {
+        bed.reopen().await;
+    }
+    assert_eq!(bed.store().draw_number("res").await.unwrap().n, 3);
+    assert_eq!(bed.store().draw_number("other").await.unwrap().n, 0);
+}
+
+async fn settled_payments_go_after_their_time(bed: Bed) {
+    let done = bed.payment(1, Scenario::Approve, Some((1, 1)));
+    let owed = bed.payment(2, Scenario::Approve, None);
+    bed.create(&done).await.unwrap();
+    bed.create(&owed).await.unwrap();
+    bed.clock.advance(Duration::from_secs(2));
+    bed.deliver(&done).await;
+    let round = || {
+        let store = Arc::clone(bed.store());
+        async { tokio::task::spawn_blocking(move || store.upkeep()).await.unwrap() }
+    };
+    bed.clock.advance(DAY - Duration::from_secs(3));
+    round().await;
+    assert!(bed.get(&done).await.is_some(), "a second too early");
+    bed.clock.advance(Duration::from_secs(2));
+    round().await;
+    assert!(bed.get(&done).await.is_none());
+    assert!(bed.get(&owed).await.is_some(), "it still owes something");
+    assert_eq!(bed.page(any()).await.payments.len(), 1);
+    let by_user = ListQuery { user: Some("user-1".into()), ..any() };
+    assert!(bed.page(by_user).await.payments.is_empty());
+    assert_eq!(bed.store().payments(), 1);
+}
+
+#[tokio::test]
+async fn over_the_cap_the_oldest_settled_payments_go_early() {
+    let capped = Retention { payments_max: Some(10), ..KEEP };
+    let bed = Bed::new(None, capped);
+    let mut all = Vec::new();
+    for n in 0..15 {
+        let payment = bed.payment(n, Scenario::Approve, None);
+        bed.create(&payment).await.unwrap();
+        all.push(payment);
+        bed.clock.advance(Duration::from_millis(1));
+    }
+    for payment in &all[1..] {
+        bed.deliver(payment).await;
+    }
+    let store = Arc::clone(bed.store());
+    tokio::task::spawn_blocking(move || store.upkeep()).await.unwrap();
+    let left: Vec<_> = bed.page(any()).await.payments;
+    assert_eq!(left.len(), 10);
+    assert!(bed.get(&all[0]).await.is_some(), "it still owes something");
+    assert!(bed.get(&all[1]).await.is_none());
+    assert!(bed.get(&all[14]).await.is_some());
+}
+
+#[tokio::test]
+async fn everything_survives_a_restart() {
+    let mut bed = Bed::disk();
+    let secret = *bed.store().secret().bytes();
+    let payment = bed.payment(1, Scenario::Approve, Some((1, 1)));
+    bed.create(&payment).await.unwrap();
+    let delayed = bed.payment(2, Scenario::Delay, None);
+    bed.create(&delayed).await.unwrap();
+    bed.reopen().await;
+    assert_eq!(*bed.store().secret().bytes(), secret);
+    assert_eq!(bed.get(&payment).await.unwrap().payment, payment);
+    assert_eq!(bed.store().payments(), 2);
+    bed.clock.advance(Duration::from_secs(2));
+    assert_eq!(bed.due(Work::Wake).await.len(), 1);
+    assert_eq!(bed.due(Work::Webhook).await.len(), 1);
+    let again = bed.payment(3, Scenario::Approve, Some((1, 1)));
+    assert!(matches!(bed.create(&again).await, Ok(Committed::Replayed(_))));
+}
+
+#[tokio::test]
+async fn a_store_that_is_in_use_newer_or_damaged_is_refused() {
+    let mut bed = Bed::disk();
+    assert!(matches!(bed.open(), Err(OpenError::Locked { .. })), "in use");
+    bed.create(&bed.payment(1, Scenario::Approve, None)).await.unwrap();
+    bed.close().await;
+    let folder = bed.folder.as_ref().unwrap().path().join("data");
+    let format = folder.join("FORMAT");
+    std::fs::write(&format, "2\n").unwrap();
+    assert!(matches!(bed.open(), Err(OpenError::NewerFormat { found: 2, .. })));
+    std::fs::write(&format, "one").unwrap();
+    assert!(matches!(bed.open(), Err(OpenError::Corrupt { .. })));
+    std::fs::remove_file(&format).unwrap();
+    assert!(matches!(bed.open(), Err(OpenError::Corrupt { .. })));
+    std::fs::write(&format, "1\n").unwrap();
+    std::fs::write(folder.join("commit.mark"), "9999\n").unwrap();
+    let refused = bed.open().err().unwrap().to_string();
+    assert!(refused.contains("acknowledged payments are missing"), "{refused}");
+    std::fs::write(folder.join("commit.mark"), "1\n").unwrap();
+    assert!(bed.open().is_ok(), "nothing was touched");
+}

@@ -1,0 +1,455 @@
+//! The embedded store: tables, the book of due times, and one writer in front of both.
+
+use std::{
+    ops::{Bound, ControlFlow},
+    path::Path,
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+    },
+    thread::JoinHandle,
+    time::Duration,
+};
+
+use async_trait::async_trait;
+use tokio::sync::{Notify, mpsc, oneshot, watch};
+
+use super::{
+    Backlog, Commit, Committed, Health, Lease, ListQuery, OnCommit, OpenError, Page, Remembered,
+    Store, StoreError, Versioned, Work,
+    book::{Book, Dues, Releases},
+    draws::{Counters, Draw},
+    janitor::Janitor,
+    lists, record,
+    tables::{Batch, Span, Table, Tables, TablesError},
+    writer::{Answers, Job, Marks, Writer, meta},
+};
+use crate::{
+    clock::Clock,
+    domain::{
+        ids::{KeyHash, PaymentId, StoreSecret},
+        payment::Terms,
+        time::Timestamp,
+    },
+};
+
+/// Jobs that wait for the writer: more than every request in flight can hand in, so that only a
+/// stalled disk fills it.
+const JOBS_MAX: usize = 32_768;
+/// Open payments in memory, about 300 bytes each; beyond it creates are refused.
+const OPEN_MAX: usize = 1_000_000;
+
+/// How long things are kept.
+#[derive(Clone, Copy, Debug)]
+pub struct Retention {
+    /// A settled payment, after its last change.
+    pub payments: Duration,
+    pub idempotency: Duration,
+    /// `None`: no cap.
+    pub payments_max: Option<u64>,
+}
+
+impl Retention {
+    /// A payment outlives its key.
+    pub fn keep(&self) -> Duration {
+        self.payments.max(self.idempotency)
+    }
+}
+
+pub struct Options {
+    pub retention: Retention,
+    pub clock: Arc<dyn Clock>,
+    pub on_commit: OnCommit,
+    /// Called with how many payments the cap made go before their time.
+    pub on_dropped_early: Arc<dyn Fn(u64) + Send + Sync>,
+}
+
+/// What the writer, the janitor and the readers share.
+pub struct Shared {
+    pub tables: Arc<dyn Tables>,
+    pub book: Arc<Book>,
+    pub secret: StoreSecret,
+    pub retention: Retention,
+    pub on_commit: OnCommit,
+    /// The last commit that is on the disk.
+    pub sequence: AtomicU64,
+    pub payments: AtomicU64,
+    pub full: AtomicBool,
+    pub open_max: usize,
+    failed: watch::Sender<bool>,
+}
+
+pub struct Embedded {
+    shared: Arc<Shared>,
+    counters: Arc<Counters>,
+    newest: Option<PaymentId>,
+    jobs: mpsc::Sender<Job>,
+    janitor: Janitor,
+    writer: Mutex<Option<JoinHandle<()>>>,
+}
+
+impl Embedded {
+    pub(super) fn start(
+        tables: Arc<dyn Tables>,
+        path: &Path,
+        options: Options,
+    ) -> Result<Arc<Self>, OpenError> {
+        let Options { retention, clock, on_commit, on_dropped_early } = options;
+        let now = Timestamp::from_ms(clock.now_ms());
+        let opened = recover(&*tables, now)
+            .map_err(|why| OpenError::Corrupt { path: path.to_owned(), why })?;
+        let shared = Arc::new(Shared {
+            book: Arc::new(Book::new(opened.marks.due)),
+            secret: opened.secret,
+            retention,
+            on_commit,
+            sequence: AtomicU64::new(opened.sequence),
+            payments: AtomicU64::new(opened.payments),
+            full: AtomicBool::new(false),
+            open_max: OPEN_MAX,
+            failed: watch::Sender::new(false),
+            tables,
+        });
+        let corrupt = |error: StoreError| OpenError::Corrupt {
+            path: path.to_owned(),
+            why: error.to_string(),
+        };
+        shared.rebuild(opened.marks.payment).map_err(corrupt)?;
+        if let Some((from, to)) = shared.book.unread(now) {
+            shared.load(from, to).map_err(corrupt)?;
+        }
+        let (jobs, waiting) = mpsc::channel(JOBS_MAX);
+        let writer = Writer::new(Arc::clone(&shared), waiting, opened.marks);
+        let spawned = std::thread::Builder::new().name("store-writer".to_owned());
+        let io = |source| OpenError::Io { path: path.to_owned(), source };
+        let writer = spawned.spawn(|| writer.run()).map_err(io)?;
+        let janitor = Janitor::start(Arc::clone(&shared), jobs.clone(), clock, on_dropped_early);
+        Ok(Arc::new(Self {
+            shared,
+            counters: Arc::default(),
+            newest: opened.marks.newest,
+            jobs,
+            janitor: janitor.map_err(io)?,
+            writer: Mutex::new(Some(writer)),
+        }))
+    }
+
+    /// How many payments are stored.
+    pub fn payments(&self) -> u64 {
+        self.shared.payments.load(Ordering::Relaxed)
+    }
+
+    /// One round of upkeep (retention, free space, high-water mark), as it runs every second.
+    pub fn upkeep(&self) {
+        self.janitor.round();
+    }
+}
+
+struct Opened {
+    secret: StoreSecret,
+    sequence: u64,
+    payments: u64,
+    marks: Marks,
+}
+
+/// Reads what the store says of itself, and refuses one that has lost what it acknowledged.
+fn recover(tables: &dyn Tables, now: Timestamp) -> Result<Opened, String> {
+    let text = |error: TablesError| error.to_string();
+    let read = |key: &[u8]| tables.get(Table::Meta, key).map_err(text);
+    let number = |key: &[u8]| {
+        read(key)?.map(|bytes| record::number(&bytes).map_err(|e| e.to_string())).transpose()
+    };
+    let sequence = number(meta::SEQUENCE)?.unwrap_or(0);
+    let noted = tables.high_water().map_err(text)?;
+    if sequence < noted {
+        return Err(format!(
+            "its last commit is {sequence}, yet commit {noted} was on the disk: acknowledged \
+             payments are missing; restore the folder from a copy, or move it away to begin anew"
+        ));
+    }
+    let secret = match read(meta::SECRET)? {
+        Some(bytes) => StoreSecret::new(
+            bytes.try_into().map_err(|_| "its secret has not 32 bytes".to_owned())?,
+        ),
+        None if sequence == 0 => make_secret(tables)?,
+        None => return Err("its secret is missing".to_owned()),
+    };
+    let floor = read(meta::FLOOR)?.map(|key| record::id(&key).map_err(|e| e.to_string()));
+    let (payments, newest) = count(tables)?;
+    let due = number(meta::DUE_FLOOR)?.map_or(now, |ms| Timestamp::from_ms(ms.cast_signed()));
+    let marks = Marks { payment: floor.transpose()?, due, newest };
+    Ok(Opened { secret, sequence, payments, marks })
+}
+
+fn make_secret(tables: &dyn Tables) -> Result<StoreSecret, String> {
+    let mut bytes = [0; 32];
+    getrandom::fill(&mut bytes).map_err(|error| format!("no randomness: {error}"))?;
+    let mut batch = Batch::default();
+    batch.put(Table::Meta, *meta::SECRET, bytes);
+    tables.write(batch).map_err(|error| error.to_string())?;
+    Ok(StoreSecret::new(bytes))
+}
+
+/// The number of payments as last noted, and those that are newer than that note.
+fn count(tables: &dyn Tables) -> Result<(u64, Option<PaymentId>), String> {
+    let text = |error: TablesError| error.to_string();
+    let (from, mut payments, mut newest) =
+        match tables.get(Table::Meta, meta::COUNTED).map_err(text)? {
+            Some(bytes) if bytes.len() == 24 => {
+                let (id, number) = bytes.split_at(16);
+                let payments = record::number(number).map_err(|e| e.to_string())?;
+                (Bound::Excluded(id.to_vec()), payments, record::id(id).ok())
+            }
+            Some(_) => return Err("its count of payments has not 24 bytes".to_owned()),
+            None => (Bound::Unbounded, 0, None),
+        };
+    let span = Span::forwards(from, Bound::Unbounded);
+    tables
+        .scan(Table::Payment, span, &mut |key, _| {
+            payments += 1;
+            newest = record::id(key).ok().max(newest);
+            ControlFlow::Continue(())
+        })
+        .map_err(text)?;
+    Ok((payments, newest))
+}
+
+impl Shared {
+    pub fn health(&self) -> Health {
+        if *self.failed.borrow() {
+            Health::Failed
+        } else if self.full.load(Ordering::Relaxed) {
+            Health::Full
+        } else {
+            Health::Good
+        }
+    }
+
+    /// After this nothing is acknowledged any more.
+    pub fn fail(&self, error: &TablesError) {
+        tracing::error!(%error, "a commit failed; nothing more is acknowledged");
+        self.failed.send_replace(true);
+    }
+
+    pub fn read(&self, table: Table, key: &[u8]) -> Result<Option<Vec<u8>>, StoreError> {
+        self.tables.get(table, key).map_err(|error| {
+            tracing::error!(%error, table = table.name(), "a read failed");
+            StoreError::Unavailable
+        })
+    }
+
+    pub fn scan(
+        &self,
+        table: Table,
+        span: Span,
+        visit: &mut dyn FnMut(&[u8], &[u8]) -> ControlFlow<()>,
+    ) -> Result<(), StoreError> {
+        self.tables.scan(table, span, visit).map_err(|error| {
+            tracing::error!(%error, table = table.name(), "a scan failed");
+            StoreError::Unavailable
+        })
+    }
+
+    pub fn get(&self, id: PaymentId) -> Result<Option<Versioned>, StoreError> {
+        // State first: where the payment is dropped in between, there is nothing, not half of it.
+        let state = self.read(Table::State, id.bytes())?;
+        let Some(terms) = self.read(Table::Payment, id.bytes())? else { return Ok(None) };
+        record::payment(&terms, state.as_deref()).map(Some)
+    }
+
+    pub fn remembered(
+        &self,
+        key: KeyHash,
+        now: Timestamp,
+    ) -> Result<Option<Remembered>, StoreError> {
+        let lives = |since: Timestamp| now.since(since) < self.retention.idempotency;
+        if let Some(bytes) = self.read(Table::Key, &key.0)? {
+            let (request, id) = record::read_created(&bytes)?;
+            return Ok(lives(id.made_at()).then_some(Remembered::Created { request, id }));
+        }
+        let Some(bytes) = self.read(Table::Reply, &key.0)? else { return Ok(None) };
+        let (request, at, bytes) = record::read_reply(&bytes)?;
+        Ok(lives(at).then_some(Remembered::Replied { request, bytes }))
+    }
+
+    /// The payment that a create's key now belongs to.
+    pub fn owner_of(&self, key: KeyHash) -> Option<PaymentId> {
+        let bytes = self.read(Table::Key, &key.0).ok().flatten()?;
+        record::read_created(&bytes).ok().map(|(_, id)| id)
+    }
+
+    /// The names under which a payment is listed, hashed.
+    pub fn index_names(&self, terms: &Terms) -> [[u8; 8]; 2] {
+        [self.user_name(&terms.user_id), self.reservation_name(&terms.reservation_id)]
+    }
+
+    pub fn user_name(&self, user: &str) -> [u8; 8] {
+        self.name(b"user", user)
+    }
+
+    pub fn reservation_name(&self, reservation: &str) -> [u8; 8] {
+        self.name(b"reservation", reservation)
+    }
+
+    fn name(&self, kind: &[u8], name: &str) -> [u8; 8] {
+        let tag = self.secret.tag(kind, &[name.as_bytes()]);
+        tag[..8].try_into().expect("8 of 16 bytes")
+    }
+
+    /// Fills the book from a scan of the payments that may be open.
+    fn rebuild(&self, floor: Option<PaymentId>) -> Result<(), StoreError> {
+        let from = floor.map_or(Bound::Unbounded, |id| Bound::Included(id.bytes().to_vec()));
+        let mut problem = None;
+        let span = Span::forwards(from, Bound::Unbounded);
+        self.scan(Table::Payment, span, &mut |key, terms| {
+            let state = self.read(Table::State, key);
+            match state.and_then(|state| record::payment(terms, state.as_deref())) {
+                Ok(Versioned { payment, .. }) => {
+                    let dues = Dues::of(&payment);
+                    if dues.earliest().is_some() {
+                        self.book.note([(payment.terms.id, payment.terms.created_at, dues)]);
+                    }
+                    ControlFlow::Continue(())
+                }
+                Err(error) => {
+                    problem = Some(error);
+                    ControlFlow::Break(())
+                }
+            }
+        })?;
+        problem.map_or(Ok(()), Err)
+    }
+
+    /// Brings payments whose entry in `Due` lies in the range into the book.
+    pub fn load(&self, from: Timestamp, to: Timestamp) -> Result<(), StoreError> {
+        let key = |at| record::timed_key(at, &[0; 16]);
+        let span = Span::forwards(Bound::Included(key(from)), Bound::Excluded(key(to.plus_ms(1))));
+        let mut entries = Vec::new();
+        self.scan(Table::Due, span, &mut |key, _| {
+            entries.push(record::read_timed_key(key));
+            ControlFlow::Continue(())
+        })?;
+        self.book.has_read(to);
+        for entry in entries {
+            let (_, id) = entry?;
+            if let Some(Versioned { payment, .. }) = self.get(PaymentId::from_bytes(id))? {
+                let terms = &payment.terms;
+                self.book.note([(terms.id, terms.created_at, Dues::of(&payment))]);
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Embedded {
+    /// Hands a job to the writer in one step, so that it runs to its end whatever the caller does.
+    fn send(&self, job: Job) -> Result<(), StoreError> {
+        self.jobs.try_send(job).map_err(|error| match error {
+            mpsc::error::TrySendError::Full(_) => StoreError::Overloaded,
+            mpsc::error::TrySendError::Closed(_) => StoreError::Unavailable,
+        })
+    }
+}
+
+#[async_trait]
+impl Store for Embedded {
+    fn secret(&self) -> &StoreSecret {
+        &self.shared.secret
+    }
+
+    async fn commit(&self, commits: Vec<Commit>) -> Vec<Result<Committed, StoreError>> {
+        let count = commits.len();
+        let (answer, answered) = oneshot::channel::<Answers>();
+        let all = |error: StoreError| vec![Err(error); count];
+        if let Err(error) = self.send(Job::Commit { commits, answer }) {
+            return all(error);
+        }
+        answered.await.unwrap_or_else(|_| all(StoreError::Unavailable))
+    }
+
+    async fn remembered(
+        &self,
+        key: KeyHash,
+        now: Timestamp,
+    ) -> Result<Option<Remembered>, StoreError> {
+        self.shared.remembered(key, now)
+    }
+
+    async fn get(&self, id: PaymentId) -> Result<Option<Versioned>, StoreError> {
+        self.shared.get(id)
+    }
+
+    fn newest(&self) -> Option<PaymentId> {
+        self.newest
+    }
+
+    async fn list(&self, query: ListQuery) -> Result<Page, StoreError> {
+        let shared = Arc::clone(&self.shared);
+        // A page reads up to 10,000 payments: not on a thread that serves requests.
+        tokio::task::spawn_blocking(move || lists::list(&shared, &query))
+            .await
+            .unwrap_or(Err(StoreError::Unavailable))
+    }
+
+    async fn draw_number(&self, reservation: &str) -> Result<Draw, StoreError> {
+        let key = self.shared.secret.tag(b"draws", &[reservation.as_bytes()]);
+        self.counters.draw(key, || {
+            let stored = self.shared.read(Table::Counter, &key)?;
+            stored.map_or(Ok(0), |bytes| record::number(&bytes))
+        })
+    }
+
+    async fn due(
+        &self,
+        work: Work,
+        until: Timestamp,
+        max: usize,
+    ) -> Result<Vec<Lease>, StoreError> {
+        if self.shared.health() != Health::Good {
+            // What came of the work could not be stored.
+            return Ok(Vec::new());
+        }
+        if let Some((from, to)) = self.shared.book.unread(until) {
+            let (answer, answered) = oneshot::channel();
+            self.send(Job::Load { from, to, answer })?;
+            answered.await.map_err(|_| StoreError::Unavailable)??;
+        }
+        let leased = self.shared.book.lease(work, until, max);
+        let from = || Arc::clone(&self.shared.book) as Arc<dyn Releases>;
+        Ok(leased.into_iter().map(|id| Lease::new(id, work, from())).collect())
+    }
+
+    fn next_due(&self, work: Work) -> Option<Timestamp> {
+        self.shared.book.next_due(work)
+    }
+
+    fn changed(&self, work: Work) -> Arc<Notify> {
+        self.shared.book.changed(work)
+    }
+
+    fn backlog(&self, work: Work) -> Backlog {
+        self.shared.book.backlog(work)
+    }
+
+    fn health(&self) -> Health {
+        self.shared.health()
+    }
+
+    async fn failed(&self) {
+        let mut failed = self.shared.failed.subscribe();
+        // Ends only with the sender, which lives as long as `self`.
+        let _ = failed.wait_for(|failed| *failed).await;
+    }
+
+    async fn close(&self) {
+        self.janitor.stop();
+        let (answer, answered) = oneshot::channel();
+        if self.jobs.send(Job::Close { answer }).await.is_ok() {
+            let _ = answered.await;
+        }
+        let writer = self.writer.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(writer) = writer {
+            let _ = tokio::task::spawn_blocking(move || writer.join()).await;
+        }
+    }
+}

@@ -1,0 +1,266 @@
+//! Upkeep, once a second on a thread of its own: free space, the high-water mark, and retention.
+
+use std::{
+    ops::{Bound, ControlFlow},
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicU64, Ordering},
+        mpsc as sync_mpsc,
+    },
+    thread::JoinHandle,
+    time::Duration,
+};
+
+use tokio::sync::{mpsc, oneshot};
+
+use super::{
+    Health, StoreError, Versioned,
+    embedded::Shared,
+    record,
+    tables::{Span, Table},
+    writer::Job,
+};
+use crate::{
+    clock::{Clock, Stopwatch},
+    domain::{ids::PaymentId, time::Timestamp},
+};
+
+const ROUND_EVERY: Duration = Duration::from_secs(1);
+/// Below this no write is accepted: what is being compacted needs room too.
+const RESERVE_BYTES: u64 = 256 << 20;
+/// Above this writes are accepted again: apart from the reserve, so that it does not flutter.
+const RELIEF_BYTES: u64 = 320 << 20;
+/// Payments dropped in one commit: a larger one would hold up creates.
+const CHUNK: usize = 500;
+/// Payments looked at in one go, to bound memory.
+const LOOK_AHEAD: usize = 2_000;
+/// Share of a round that dropping may take.
+const DROPPING_MAX: Duration = Duration::from_millis(500);
+
+struct Work {
+    shared: Arc<Shared>,
+    jobs: mpsc::Sender<Job>,
+    clock: Arc<dyn Clock>,
+    on_dropped_early: Arc<dyn Fn(u64) + Send + Sync>,
+    noted: AtomicU64,
+    marked: AtomicU64,
+    /// Where the oldest surviving payment may be: below it there is nothing but tombstones.
+    oldest: Mutex<Option<PaymentId>>,
+}
+
+pub struct Janitor {
+    work: Arc<Work>,
+    stop: sync_mpsc::Sender<()>,
+    thread: Mutex<Option<JoinHandle<()>>>,
+}
+
+impl Janitor {
+    pub fn start(
+        shared: Arc<Shared>,
+        jobs: mpsc::Sender<Job>,
+        clock: Arc<dyn Clock>,
+        on_dropped_early: Arc<dyn Fn(u64) + Send + Sync>,
+    ) -> std::io::Result<Self> {
+        let sequence = shared.sequence.load(Ordering::Acquire);
+        let work = Arc::new(Work {
+            shared,
+            jobs,
+            clock,
+            on_dropped_early,
+            noted: AtomicU64::new(sequence),
+            marked: AtomicU64::new(sequence),
+            oldest: Mutex::new(None),
+        });
+        work.watch_space();
+        let (stop, stopped) = sync_mpsc::channel();
+        let rounds = Arc::clone(&work);
+        let thread =
+            std::thread::Builder::new().name("store-janitor".to_owned()).spawn(move || {
+                while stopped.recv_timeout(ROUND_EVERY) == Err(sync_mpsc::RecvTimeoutError::Timeout)
+                {
+                    rounds.round();
+                }
+            })?;
+        Ok(Self { work, stop, thread: Mutex::new(Some(thread)) })
+    }
+
+    pub fn round(&self) {
+        self.work.round();
+    }
+
+    pub fn stop(&self) {
+        // The thread may have ended already.
+        let _ = self.stop.send(());
+        let thread = self.thread.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(thread) = thread {
+            let _ = thread.join();
+        }
+        self.work.note_high_water();
+    }
+}
+
+impl Work {
+    fn round(&self) {
+        self.watch_space();
+        self.note_high_water();
+        if self.shared.health() != Health::Good {
+            return;
+        }
+        if let Err(error) = self.retain() {
+            tracing::warn!(%error, "old payments could not be dropped");
+        }
+        self.keep_marks();
+    }
+
+    fn watch_space(&self) {
+        let Some(free) = self.shared.tables.free_space() else { return };
+        let was_full = self.shared.full.load(Ordering::Relaxed);
+        let full = free < if was_full { RELIEF_BYTES } else { RESERVE_BYTES };
+        if full != was_full {
+            tracing::warn!(free_bytes = free, full, "free space on the store's disk");
+            self.shared.full.store(full, Ordering::Relaxed);
+        }
+    }
+
+    /// Names a commit that is on the disk already: never ahead of the store, never in a batch's way.
+    fn note_high_water(&self) {
+        let sequence = self.shared.sequence.load(Ordering::Acquire);
+        if sequence == self.noted.load(Ordering::Relaxed) {
+            return;
+        }
+        match self.shared.tables.note_high_water(sequence) {
+            Ok(()) => self.noted.store(sequence, Ordering::Relaxed),
+            Err(error) => tracing::warn!(%error, "the high-water mark could not be written"),
+        }
+    }
+
+    /// After the last commits the marks lag behind; without this a quiet store would start slowly.
+    fn keep_marks(&self) {
+        let sequence = self.shared.sequence.load(Ordering::Acquire);
+        if sequence > self.marked.load(Ordering::Relaxed) && self.jobs.try_send(Job::Marks).is_ok()
+        {
+            // The marks are a commit of their own.
+            self.marked.store(sequence + 1, Ordering::Relaxed);
+        }
+    }
+
+    fn retain(&self) -> Result<(), StoreError> {
+        let now = Timestamp::from_ms(self.clock.now_ms());
+        self.lapse(now)?;
+        let took = Stopwatch::start();
+        let mut at = *self.oldest.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut survivor = None;
+        while took.elapsed() < DROPPING_MAX {
+            let surplus = self.surplus();
+            let look = self.look(at, now, surplus)?;
+            self.drop_all(look.old, false)?;
+            self.drop_all(look.surplus, true)?;
+            survivor = survivor.or(look.survivor);
+            at = look.reached;
+            if look.ended {
+                break;
+            }
+        }
+        *self.oldest.lock().unwrap_or_else(PoisonError::into_inner) = survivor.or(at);
+        Ok(())
+    }
+
+    /// How many payments there are too many.
+    fn surplus(&self) -> u64 {
+        let payments = self.shared.payments.load(Ordering::Relaxed);
+        self.shared.retention.payments_max.map_or(0, |max| payments.saturating_sub(max))
+    }
+
+    /// Looks at the oldest payments from `from` on, until they are too young to go.
+    fn look(
+        &self,
+        from: Option<PaymentId>,
+        now: Timestamp,
+        mut surplus: u64,
+    ) -> Result<Look, StoreError> {
+        let keep = self.shared.retention.keep();
+        let expired = |at: Timestamp| now.since(at) >= keep;
+        let mut ids = Vec::new();
+        let start = from.map_or(Bound::Unbounded, |id| Bound::Included(id.bytes().to_vec()));
+        let span = Span::forwards(start, Bound::Unbounded);
+        let mut look = Look { ended: true, reached: from, ..Look::default() };
+        let mut enough = false;
+        self.shared.scan(Table::Payment, span, &mut |key, _| {
+            let Ok(id) = record::id(key) else { return ControlFlow::Continue(()) };
+            look.reached = Some(id);
+            if !expired(id.made_at()) && ids.len() as u64 >= surplus {
+                enough = true;
+                return ControlFlow::Break(());
+            }
+            if ids.len() == LOOK_AHEAD {
+                look.ended = false;
+                return ControlFlow::Break(());
+            }
+            ids.push(id);
+            ControlFlow::Continue(())
+        })?;
+        for id in ids {
+            let Some(stored) = self.shared.get(id)? else { continue };
+            if stored.payment.is_settled() && expired(stored.payment.progress.updated_at) {
+                look.old.push(stored);
+                surplus = surplus.saturating_sub(1);
+            } else if stored.payment.is_settled() && surplus > 0 {
+                look.surplus.push(stored);
+                surplus -= 1;
+            } else {
+                look.survivor = look.survivor.or(Some(id));
+            }
+        }
+        // Some of those that were enough may have to stay: then younger ones go.
+        look.ended &= !enough || surplus == 0;
+        Ok(look)
+    }
+
+    fn drop_all(&self, payments: Vec<Versioned>, early: bool) -> Result<(), StoreError> {
+        let mut rest = payments.into_iter().peekable();
+        while rest.peek().is_some() {
+            let payments = rest.by_ref().take(CHUNK).collect();
+            let dropped = self.run(|answer| Job::Drop { payments, answer })?;
+            if early {
+                (self.on_dropped_early)(dropped as u64);
+            }
+        }
+        Ok(())
+    }
+
+    fn lapse(&self, now: Timestamp) -> Result<(), StoreError> {
+        loop {
+            let mut keys = Vec::new();
+            let to = Bound::Excluded(record::timed_key(now, &[0; 16]));
+            let span = Span::forwards(Bound::Unbounded, to);
+            self.shared.scan(Table::Lapse, span, &mut |key, _| {
+                keys.push(key.to_vec());
+                if keys.len() == CHUNK { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+            })?;
+            if keys.is_empty() {
+                return Ok(());
+            }
+            self.run(|answer| Job::Lapse { keys, answer })?;
+        }
+    }
+
+    fn run(&self, job: impl FnOnce(oneshot::Sender<usize>) -> Job) -> Result<usize, StoreError> {
+        let (answer, answered) = oneshot::channel();
+        self.jobs.try_send(job(answer)).map_err(|_| StoreError::Overloaded)?;
+        // Not a runtime's thread; the janitor may wait.
+        answered.blocking_recv().map_err(|_| StoreError::Unavailable)
+    }
+}
+
+#[derive(Default)]
+struct Look {
+    /// Past their retention.
+    old: Vec<Versioned>,
+    /// Over the cap.
+    surplus: Vec<Versioned>,
+    /// The oldest that stays.
+    survivor: Option<PaymentId>,
+    reached: Option<PaymentId>,
+    /// Nothing further on can go.
+    ended: bool,
+}

@@ -1,0 +1,222 @@
+//! Where payments live. The trait is shaped by use: one commit makes a transition and everything it
+//! owes durable together, and is answered only when it is.
+
+mod book;
+mod disk;
+mod draws;
+mod embedded;
+mod janitor;
+mod lists;
+mod memory;
+mod record;
+mod tables;
+mod writer;
+
+#[cfg(test)]
+mod conformance;
+
+use std::{path::PathBuf, sync::Arc};
+
+use async_trait::async_trait;
+
+pub use self::{
+    book::{Lease, Releases},
+    draws::Draw,
+    embedded::{Embedded, Options, Retention},
+    lists::{Direction, ListQuery, Page},
+};
+use crate::domain::{
+    ids::{Idempotency, KeyHash, PaymentId, RequestHash, StoreSecret},
+    payment::Payment,
+    time::Timestamp,
+};
+
+/// Raised by every write of a payment's record; 0 is the record as it was created.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Revision(pub u64);
+
+/// A payment with the revision that a commit on it must name.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Versioned {
+    pub payment: Payment,
+    pub revision: Revision,
+}
+
+/// What is stored as one: all of it or nothing.
+#[derive(Debug)]
+pub struct Commit {
+    pub change: Option<Change>,
+    /// The reply to a request with a key, given back to every repeat of it.
+    pub reply: Option<Reply>,
+}
+
+#[derive(Debug)]
+pub enum Change {
+    /// `draw` is the reservation's number that the plan was drawn with.
+    Create { payment: Payment, draw: Option<Draw> },
+    /// Refused unless the stored revision is still `before`'s.
+    Update { before: Versioned, after: Payment },
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Reply {
+    pub idempotency: Idempotency,
+    pub bytes: Vec<u8>,
+    pub at: Timestamp,
+}
+
+/// What is known under an idempotency key.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Remembered {
+    /// The create of this payment: its reply is made again from what never changes.
+    Created {
+        request: RequestHash,
+        id: PaymentId,
+    },
+    Replied {
+        request: RequestHash,
+        bytes: Vec<u8>,
+    },
+}
+
+impl Remembered {
+    pub const fn request(&self) -> RequestHash {
+        match self {
+            Self::Created { request, .. } | Self::Replied { request, .. } => *request,
+        }
+    }
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Committed {
+    Done(Revision),
+    /// The key is known, with the same request: nothing was stored.
+    Replayed(Remembered),
+}
+
+/// Kinds of work that a payment can wait for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Work {
+    /// The payment changes by itself.
+    Wake,
+    Event,
+    Webhook,
+}
+
+impl Work {
+    pub const ALL: [Self; 3] = [Self::Wake, Self::Event, Self::Webhook];
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum StoreError {
+    #[error("the payment has changed meanwhile")]
+    Conflict,
+    #[error("the idempotency key was used with a different request")]
+    KeyConflict,
+    #[error("the store's disk is nearly full")]
+    Full,
+    #[error("more is waiting than the store takes")]
+    Overloaded,
+    #[error("the store takes no more commits")]
+    Unavailable,
+    #[error("the store returned what it should not hold: {0}")]
+    Corrupt(String),
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum OpenError {
+    #[error("STORE_URL {url:?}: {why}")]
+    Url { url: String, why: &'static str },
+    #[error("{}: is in use by another process", path.display())]
+    Locked { path: PathBuf },
+    #[error("{}: has format {found}; this version reads up to {known}: use the version that wrote it, or newer", path.display())]
+    NewerFormat { path: PathBuf, found: u32, known: u32 },
+    #[error("{}: is damaged and was left untouched: {why}", path.display())]
+    Corrupt { path: PathBuf, why: String },
+    #[error("{}: {source}", path.display())]
+    Io { path: PathBuf, source: std::io::Error },
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Health {
+    Good,
+    /// Reads go on, writes are refused.
+    Full,
+    /// A commit failed: the process is about to end.
+    Failed,
+}
+
+/// What is owed on a channel.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Backlog {
+    pub pending: usize,
+    /// The oldest due time, where anything is owed.
+    pub oldest: Option<Timestamp>,
+}
+
+#[async_trait]
+pub trait Store: Send + Sync + 'static {
+    /// Keys every hash that is stored.
+    fn secret(&self) -> &StoreSecret;
+
+    /// Each commit by itself, all made durable together; the answers in order. Runs to its end also
+    /// when nobody waits for it.
+    async fn commit(&self, commits: Vec<Commit>) -> Vec<Result<Committed, StoreError>>;
+
+    /// What is known under a key that has not lapsed at `now`.
+    async fn remembered(
+        &self,
+        key: KeyHash,
+        now: Timestamp,
+    ) -> Result<Option<Remembered>, StoreError>;
+
+    async fn get(&self, id: PaymentId) -> Result<Option<Versioned>, StoreError>;
+
+    /// The newest payment when the store was opened.
+    fn newest(&self) -> Option<PaymentId>;
+
+    async fn list(&self, query: ListQuery) -> Result<Page, StoreError>;
+
+    /// The next number of a reservation's draws, each given once.
+    async fn draw_number(&self, reservation: &str) -> Result<Draw, StoreError>;
+
+    /// Payments whose work is due, at most `max`, each leased until its lease is dropped.
+    async fn due(&self, work: Work, until: Timestamp, max: usize)
+    -> Result<Vec<Lease>, StoreError>;
+
+    /// When to ask again, as far as is known: a hint, never the truth.
+    fn next_due(&self, work: Work) -> Option<Timestamp>;
+
+    /// Wakes when `next_due` may have come closer.
+    fn changed(&self, work: Work) -> Arc<tokio::sync::Notify>;
+
+    fn backlog(&self, work: Work) -> Backlog;
+
+    fn health(&self) -> Health;
+
+    /// Resolves when a commit has failed and nothing more will be acknowledged.
+    async fn failed(&self);
+
+    /// Lets what was handed in run to its end, then closes.
+    async fn close(&self);
+}
+
+/// Convenience for the many callers with a single commit.
+pub async fn commit_one(store: &dyn Store, commit: Commit) -> Result<Committed, StoreError> {
+    store.commit(vec![commit]).await.pop().expect("one answer a commit")
+}
+
+/// Called with the size of each batch and how long it took.
+pub type OnCommit = Arc<dyn Fn(usize, std::time::Duration) + Send + Sync>;
+
+/// Opens `file:PATH` or `memory:`.
+pub fn open(url: &str, options: Options) -> Result<Arc<Embedded>, OpenError> {
+    let bad = |why| OpenError::Url { url: url.to_owned(), why };
+    let (tables, path): (Arc<dyn tables::Tables>, _) = match url.split_once(':') {
+        Some(("file", "")) => return Err(bad("names no folder: file:PATH")),
+        Some(("file", path)) => (Arc::new(disk::Disk::open(path.as_ref())?), path),
+        Some(("memory", "")) => (Arc::new(memory::Memory::default()), "memory:"),
+        Some(_) | None => return Err(bad("must be file:PATH or memory:")),
+    };
+    Embedded::start(tables, path.as_ref(), options)
+}
