@@ -12,6 +12,7 @@ const PROTOS: [&str; 3] = [
 /// Reflection serves this file's bytes.
 const DESCRIPTORS: &str = "payment_sim_descriptor.bin";
 
+#[expect(clippy::disallowed_methods, reason = "cargo speaks to build scripts by environment")]
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     for path in PROTOS.iter().chain(&["build.rs"]) {
         println!("cargo:rerun-if-changed={path}");

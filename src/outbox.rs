@@ -14,7 +14,7 @@ use std::{
 use async_trait::async_trait;
 use bytes::Bytes;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
-use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use tokio_util::task::TaskTracker;
 
 use crate::{
     clock::{Clock, Stopwatch},
@@ -359,18 +359,9 @@ impl Finisher {
     }
 
     /// Runs until every feeder is gone and all results are written.
-    pub async fn run(mut self, stop: CancellationToken) {
+    pub async fn run(mut self) {
         let mut batch = Vec::with_capacity(FINISH_BATCH);
-        loop {
-            let more = self.done.recv_many(&mut batch, FINISH_BATCH);
-            let count = tokio::select! {
-                biased;
-                count = more => count,
-                () = stop.cancelled() => return,
-            };
-            if count == 0 {
-                return;
-            }
+        while self.done.recv_many(&mut batch, FINISH_BATCH).await > 0 {
             self.finish(std::mem::take(&mut batch)).await;
         }
     }
