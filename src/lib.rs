@@ -6,5 +6,6 @@ pub mod domain;
 pub mod edge;
 pub mod log_budget;
 pub mod metrics;
+pub mod ops;
 pub mod server;
 pub mod store;
