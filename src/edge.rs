@@ -153,13 +153,15 @@ impl<T: PaymentService> Edge<T> {
         B::Error: Into<Box<dyn Error + Send + Sync>> + Send,
     {
         let edge = self.clone();
+        // Counted by Arc: a token's own clone takes a lock, and only streams want one.
+        let ending = Arc::new(ending);
         service_fn(move |request| {
-            let (edge, ending) = (edge.clone(), ending.clone());
-            async move { Ok(edge.answer(request, ending).await) }
+            let (edge, ending) = (edge.clone(), Arc::clone(&ending));
+            async move { Ok(edge.answer(request, &ending).await) }
         })
     }
 
-    async fn answer<B>(&self, mut request: Request<B>, ending: CancellationToken) -> Response<Body>
+    async fn answer<B>(&self, mut request: Request<B>, ending: &CancellationToken) -> Response<Body>
     where
         B: http_body::Body<Data = Bytes> + Send + 'static,
         B::Error: Into<Box<dyn Error + Send + Sync>> + Send,
@@ -175,7 +177,11 @@ impl<T: PaymentService> Edge<T> {
             Err(refusal) => refusal.into_response(),
         };
         account.close(&response);
-        if stream { response.map(|body| Body::new(Ending::new(body, ending))) } else { response }
+        if stream {
+            response.map(|body| Body::new(Ending::new(body, ending.clone())))
+        } else {
+            response
+        }
     }
 
     async fn handle<B>(
