@@ -51,6 +51,8 @@ const STREAMS: [&str; 3] = [
 ];
 
 const GRPC_TIMEOUT: &str = "grpc-timeout";
+const GRPC_STATUS: &str = "grpc-status";
+const GRPC_DETAILS: &str = "grpc-status-details-bin";
 const TRACEPARENT: &str = "traceparent";
 
 /// Lines about requests a second, each for the ordinary ones and for our own faults: enough to follow one
@@ -153,13 +155,15 @@ impl<T: PaymentService> Edge<T> {
         B::Error: Into<Box<dyn Error + Send + Sync>> + Send,
     {
         let edge = self.clone();
+        // Counted by Arc: a token's own clone takes a lock, and only streams want one.
+        let ending = Arc::new(ending);
         service_fn(move |request| {
-            let (edge, ending) = (edge.clone(), ending.clone());
-            async move { Ok(edge.answer(request, ending).await) }
+            let (edge, ending) = (edge.clone(), Arc::clone(&ending));
+            async move { Ok(edge.answer(request, &ending).await) }
         })
     }
 
-    async fn answer<B>(&self, mut request: Request<B>, ending: CancellationToken) -> Response<Body>
+    async fn answer<B>(&self, mut request: Request<B>, ending: &CancellationToken) -> Response<Body>
     where
         B: http_body::Body<Data = Bytes> + Send + 'static,
         B::Error: Into<Box<dyn Error + Send + Sync>> + Send,
@@ -175,7 +179,11 @@ impl<T: PaymentService> Edge<T> {
             Err(refusal) => refusal.into_response(),
         };
         account.close(&response);
-        if stream { response.map(|body| Body::new(Ending::new(body, ending))) } else { response }
+        if stream {
+            response.map(|body| Body::new(Ending::new(body, ending.clone())))
+        } else {
+            response
+        }
     }
 
     async fn handle<B>(
@@ -330,18 +338,22 @@ fn panic_text(panic: &(dyn Any + Send)) -> String {
         .unwrap_or_else(|| "(no text)".to_owned())
 }
 
+/// The code of a reply whose headers end it; one that goes on went well.
+fn code_of(response: &Response<Body>) -> Code {
+    let code = response.headers().get(GRPC_STATUS);
+    code.map_or(Code::Ok, |code| Code::from_bytes(code.as_bytes()))
+}
+
 /// tonic's own refusals of a request, in the contract's words. They are told from ours by having no
 /// google.rpc details, which every [`Failure`] has.
 fn in_our_words(response: Response<Body>) -> Response<Body> {
-    let Some(status) = response.extensions().get::<Status>() else { return response };
-    if !status.details().is_empty() {
+    if response.headers().contains_key(GRPC_DETAILS) {
         return response;
     }
-    match status.code() {
+    match code_of(&response) {
         // tonic's answer to a message over the limit.
         Code::OutOfRange => {
-            let limit = api::MAX_REQUEST_BYTES;
-            let text = format!("a request is at most {limit} bytes");
+            let text = format!("a request is at most {} bytes", api::MAX_REQUEST_BYTES);
             Refusal::from(Failure::new(Reason::MessageTooLarge, text)).into_response()
         }
         // tonic's answer to a body that is not exactly one message: none, cut off, a flag that is not 0.
@@ -380,21 +392,17 @@ impl<'a, T> Account<'a, T> {
         Self { shared, labels, trace, watch: Stopwatch::start(), code: Code::Cancelled }
     }
 
-    /// A reply with an error has its status in the headers; without one the call went well.
     fn close(&mut self, response: &Response<Body>) {
-        let status = response.extensions().get::<Status>();
-        self.code = status.map_or(Code::Ok, Status::code);
-        if let Some(status) = status
-            && matches!(self.code, Code::Internal | Code::Unknown)
-        {
-            self.report(status);
+        self.code = code_of(response);
+        if matches!(self.code, Code::Internal | Code::Unknown) {
+            self.report(response.extensions().get::<Status>());
         }
     }
 
     /// A bug of ours, at error, with what the caller was not told.
-    fn report(&self, status: &Status) {
+    fn report(&self, status: Option<&Status>) {
         let Some(withheld) = self.shared.faults.spend() else { return };
-        let cause = Error::source(status).map(tracing::field::display);
+        let cause = status.and_then(Error::source).map(tracing::field::display);
         let trace_id = hex::encode(self.trace.trace_id);
         tracing::error!(method = self.labels.1, %trace_id, withheld, cause, "internal error");
     }
@@ -544,3 +552,8 @@ impl http_body::Body for Ending {
         self.done || self.body.is_end_stream()
     }
 }
+
+#[cfg(test)]
+pub(crate) mod testbed;
+#[cfg(test)]
+mod tests;

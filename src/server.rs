@@ -554,3 +554,6 @@ impl AsyncWrite for Prefaced {
         self.tcp.is_write_vectored()
     }
 }
+
+#[cfg(test)]
+mod tests;
