@@ -6,6 +6,8 @@ pub mod clock;
 pub mod config;
 pub mod domain;
 pub mod driver;
+#[cfg(feature = "faults")]
+pub mod faults;
 pub mod healthcheck;
 pub mod metrics;
 pub mod scheduler;
