@@ -9,7 +9,7 @@ use std::{
 };
 
 use payment_sim::clock::Stopwatch;
-use rustix::process::{Pid, Signal, kill_process, kill_process_group};
+use rustix::process::{Pid, Signal, kill_process_group};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 use super::{free_ports, until};
@@ -127,9 +127,10 @@ impl Service {
         status
     }
 
+    /// SIGTERM to the whole group: what it runs under waits for it.
     pub fn terminate(&self) {
         // It may be gone already.
-        let _ = kill_process(self.pid(), Signal::TERM);
+        let _ = kill_process_group(self.pid(), Signal::TERM);
     }
 
     /// SIGKILL to the whole group; gone when this returns.
