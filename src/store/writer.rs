@@ -128,8 +128,11 @@ impl Writer {
                 Job::Close { answer } => close = Some(answer),
             }
         }
-        if (marks || !stage.batch.is_empty() || close.is_some()) && !self.write(stage, &mut waiting)
-        {
+        #[cfg(feature = "faults")]
+        super::faults::before_commit(&*self.shared.tables, &mut stage.batch, || {
+            answer(std::mem::take(&mut waiting));
+        });
+        if (marks || !stage.batch.is_empty() || close.is_some()) && !self.write(stage) {
             return false;
         }
         answer(waiting);
@@ -142,7 +145,7 @@ impl Writer {
     }
 
     /// Makes the stage durable, then visible to the drivers. False: it failed, and nobody is answered.
-    fn write(&mut self, mut stage: Stage, waiting: &mut Waiting) -> bool {
+    fn write(&mut self, mut stage: Stage) -> bool {
         let shared = Arc::clone(&self.shared);
         let sequence = shared.sequence.load(Ordering::Relaxed) + 1;
         stage.batch.put(Table::Meta, *meta::SEQUENCE, sequence.to_be_bytes());
@@ -154,12 +157,6 @@ impl Writer {
             self.marks.stage(&mut stage, shared.book.floors(), payments);
         }
         let took = Stopwatch::start();
-        #[cfg(feature = "faults")]
-        crate::faults::before_commit(&*shared.tables, &mut stage.batch, || {
-            answer(std::mem::take(waiting))
-        });
-        #[cfg(not(feature = "faults"))]
-        let _ = &waiting;
         if let Err(error) = shared.tables.write(stage.batch) {
             shared.fail(&error);
             return false;
@@ -238,7 +235,7 @@ impl Writer {
             None => self.stored_revision(id)?,
         };
         #[cfg(feature = "faults")]
-        let stored = crate::faults::stored_revision(stored, before.revision);
+        let stored = crate::faults::stored_revision(id, stored, before.revision);
         if stored != Some(before.revision) {
             return Err(StoreError::Conflict);
         }
