@@ -12,6 +12,10 @@ const PROTOS: [&str; 3] = [
 /// Reflection serves this file's bytes.
 const DESCRIPTORS: &str = "payment_sim_descriptor.bin";
 
+#[allow(
+    clippy::disallowed_methods,
+    reason = "the ban is for the program; a build script has no Config"
+)]
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     for path in PROTOS.iter().chain(&["build.rs"]) {
         println!("cargo:rerun-if-changed={path}");

@@ -86,7 +86,7 @@ pub struct Created {
 #[derive(Debug)]
 pub enum Executed {
     Done {
-        payment: Payment,
+        payment: Box<Payment>,
         answer: Answer,
     },
     /// The first reply under this key.
@@ -270,7 +270,7 @@ impl App {
         }
         match step.answer? {
             Answer::Held => Ok(Executed::Held),
-            answer => Ok(Executed::Done { payment: after, answer }),
+            answer => Ok(Executed::Done { payment: Box::new(after), answer }),
         }
     }
 

@@ -14,7 +14,7 @@ use std::{
 use async_trait::async_trait;
 use bytes::Bytes;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
-use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use tokio_util::task::TaskTracker;
 
 use crate::{
     clock::{Clock, Stopwatch},
@@ -246,7 +246,9 @@ impl Webhooks {
         }
         let mut started = 0;
         for lease in self.shared.store.due(Work::Webhook, now, free).await? {
-            let Some(parcel) = self.shared.parcel(&lease, Channel::Webhook).await? else { continue };
+            let Some(parcel) = self.shared.parcel(&lease, Channel::Webhook).await? else {
+                continue;
+            };
             match self.permits(&parcel) {
                 Some(permits) => {
                     self.start(lease, parcel, permits);
@@ -259,7 +261,10 @@ impl Webhooks {
     }
 
     /// A place in all and one at the origin; `None` while either is full.
-    fn permits(&self, parcel: &Parcel) -> Option<(OwnedSemaphorePermit, Option<OwnedSemaphorePermit>)> {
+    fn permits(
+        &self,
+        parcel: &Parcel,
+    ) -> Option<(OwnedSemaphorePermit, Option<OwnedSemaphorePermit>)> {
         let slot = Arc::clone(&self.slots).try_acquire_owned().ok()?;
         let Some(origin) = parcel.url.as_deref().and_then(crate::courier::webhook::origin) else {
             return Some((slot, None));
@@ -280,11 +285,13 @@ impl Webhooks {
         parcel: Parcel,
         permits: (OwnedSemaphorePermit, Option<OwnedSemaphorePermit>),
     ) {
-        let (shared, courier, done) = (self.shared.clone(), Arc::clone(&self.courier), self.done.clone());
+        let (shared, courier, done) =
+            (self.shared.clone(), Arc::clone(&self.courier), self.done.clone());
         self.attempts.spawn(async move {
             let n = parcel.n;
             let took = Stopwatch::start();
-            let attempted = courier.attempt(std::slice::from_ref(&parcel), shared.now()).await.pop();
+            let attempted =
+                courier.attempt(std::slice::from_ref(&parcel), shared.now()).await.pop();
             drop(permits);
             let Some(attempted) = attempted else { return };
             let result = match attempted.verdict {
@@ -352,18 +359,9 @@ impl Finisher {
     }
 
     /// Runs until every feeder is gone and all results are written.
-    pub async fn run(mut self, stop: CancellationToken) {
+    pub async fn run(mut self) {
         let mut batch = Vec::with_capacity(FINISH_BATCH);
-        loop {
-            let more = self.done.recv_many(&mut batch, FINISH_BATCH);
-            let count = tokio::select! {
-                biased;
-                count = more => count,
-                () = stop.cancelled() => return,
-            };
-            if count == 0 {
-                return;
-            }
+        while self.done.recv_many(&mut batch, FINISH_BATCH).await > 0 {
             self.finish(std::mem::take(&mut batch)).await;
         }
     }

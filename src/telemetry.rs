@@ -4,7 +4,6 @@
 use std::fmt::{self, Write as _};
 use std::io;
 use std::panic;
-use std::sync::atomic::{AtomicI64, AtomicU32, Ordering};
 
 use serde::ser::{SerializeMap, Serializer as _};
 use serde_json::{Map, Value};
@@ -25,9 +24,6 @@ use crate::config::{LogLevel, Stage};
 /// target, so `aws` is all of the SDK and `hyper` also `hyper_util`.
 const NOISY: &[&str] =
     &["aws", "fjall", "h2", "hyper", "lsm_tree", "mio", "rustls", "tonic", "tower", "value_log"];
-
-/// Per-request lines in one second; a flood of requests must not become a flood of lines.
-const REQUEST_LINES_PER_SECOND: u32 = 100;
 
 /// Sends the process's log lines and panics to stderr from here on.
 ///
@@ -186,31 +182,6 @@ enum LineError {
     Text(#[from] std::string::FromUtf8Error),
 }
 
-/// How many per-request lines this second may still have. Shared by all threads.
-#[derive(Debug, Default)]
-pub struct LineBudget {
-    second: AtomicI64,
-    used: AtomicU32,
-}
-
-impl LineBudget {
-    /// Whether a line may be written now; when not, the caller counts it
-    /// (`Metrics::log_lines_suppressed`). Ask only where the line's level is enabled.
-    pub fn take(&self, now_ms: i64) -> bool {
-        let second = now_ms.div_euclid(1_000);
-        // Two threads at the turn of a second may both begin it: a few lines more, no harm.
-        if self.second.swap(second, Ordering::Relaxed) != second {
-            self.used.store(0, Ordering::Relaxed);
-        }
-        let before = self.used.fetch_add(1, Ordering::Relaxed);
-        if before >= REQUEST_LINES_PER_SECOND {
-            // Back to the limit, so that no flood is long enough to run over.
-            self.used.store(REQUEST_LINES_PER_SECOND, Ordering::Relaxed);
-        }
-        before < REQUEST_LINES_PER_SECOND
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -337,14 +308,5 @@ mod tests {
         #[expect(clippy::disallowed_methods, reason = "what the layer itself looks at")]
         let colour = std::env::var_os("NO_COLOR").is_none_or(|no| no.is_empty());
         assert_eq!(text.contains("\u{1b}["), colour);
-    }
-
-    #[test]
-    fn a_second_has_a_hundred_request_lines() {
-        let budget = LineBudget::default();
-        let taken = |now_ms| (0..250).filter(|_| budget.take(now_ms)).count();
-        assert_eq!(taken(1_767_225_600_000), 100);
-        assert_eq!(taken(1_767_225_600_999), 0);
-        assert_eq!(taken(1_767_225_601_000), 100);
     }
 }

@@ -38,17 +38,47 @@ const ECHO_DEPTH: usize = 32;
 const EXACT_BELOW: f64 = 9_007_199_254_740_992.0;
 pub const SIMULATED_DELAY_MAX_S: i32 = 86_400;
 
+/// A request that may carry an idempotency key.
+pub trait Keyed: Message {
+    /// One key on two RPCs is two keys.
+    const RPC: &'static str;
+
+    fn key_field(&mut self) -> &mut String;
+}
+
+impl Keyed for pb::CreatePaymentIntentRequest {
+    const RPC: &'static str = "create";
+
+    fn key_field(&mut self) -> &mut String {
+        &mut self.idempotency_key
+    }
+}
+
+impl Keyed for pb::ProcessPaymentRequest {
+    const RPC: &'static str = "process";
+
+    fn key_field(&mut self) -> &mut String {
+        &mut self.idempotency_key
+    }
+}
+
+impl Keyed for pb::CancelPaymentRequest {
+    const RPC: &'static str = "cancel";
+
+    fn key_field(&mut self) -> &mut String {
+        &mut self.idempotency_key
+    }
+}
+
 /// Reads the key of a request from its field or its header, and takes it out of the message: what is
 /// compared is the request without it.
-pub fn key<M: Message>(
-    rpc: &str,
+pub fn key<M: Keyed>(
     headers: &MetadataMap,
     message: &mut M,
-    field: impl FnOnce(&mut M) -> &mut String,
     secret: &StoreSecret,
     found: &mut Violations,
 ) -> Option<Key> {
-    let text = std::mem::take(field(message));
+    let text = std::mem::take(message.key_field());
     let header = headers.get(KEY_HEADER).map(|value| value.to_str().unwrap_or("\u{0}").to_owned());
     let text = match header {
         Some(header) if text.is_empty() => header,
@@ -68,7 +98,7 @@ pub fn key<M: Message>(
     }
     let session = headers.get(SESSION_HEADER).map_or(&b""[..], |value| value.as_bytes());
     let idempotency = Idempotency {
-        key: KeyHash(secret.tag(b"key", &[session, rpc.as_bytes(), text.as_bytes()])),
+        key: KeyHash(secret.tag(b"key", &[session, M::RPC.as_bytes(), text.as_bytes()])),
         request: RequestHash(secret.tag(b"request", &[&message.encode_to_vec()])),
     };
     Some(Key { text, idempotency })

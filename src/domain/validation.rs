@@ -7,6 +7,12 @@ pub struct Violation {
     pub description: String,
 }
 
+impl Violation {
+    pub fn new(field: impl Into<String>, description: impl Into<String>) -> Self {
+        Self { field: field.into(), description: description.into() }
+    }
+}
+
 /// Collects every violation of a request, so that a caller sees them all at once.
 #[derive(Debug, Default)]
 pub struct Violations(Vec<Violation>);
@@ -18,7 +24,7 @@ pub const TEXT_CHARS: usize = 255;
 
 impl Violations {
     pub fn add(&mut self, field: impl Into<String>, description: impl Into<String>) {
-        self.0.push(Violation { field: field.into(), description: description.into() });
+        self.0.push(Violation::new(field, description));
     }
 
     pub fn is_empty(&self) -> bool {

@@ -42,16 +42,16 @@ impl Bed {
         bed
     }
 
-    fn url(&self) -> String {
+    fn location(&self) -> Location {
         match &self.folder {
-            Some(folder) => format!("file:{}", folder.path().join("data").display()),
-            None => "memory:".to_owned(),
+            Some(folder) => Location::Folder(folder.path().join("data")),
+            None => Location::Memory,
         }
     }
 
     fn open(&self) -> Result<Arc<Embedded>, OpenError> {
         open(
-            &self.url(),
+            &self.location(),
             Options {
                 retention: self.retention,
                 clock: Arc::new(self.clock.clone()),

@@ -21,7 +21,7 @@ use super::{
     draws::{Counters, Draw},
     janitor::Janitor,
     lists, record,
-    tables::{Batch, Span, Table, Tables, TablesError},
+    tables::{Batch, Span, Table, Tables, TablesError, Visit},
     writer::{Answers, Job, Marks, Writer, meta},
 };
 use crate::{
@@ -238,12 +238,7 @@ impl Shared {
         })
     }
 
-    pub fn scan(
-        &self,
-        table: Table,
-        span: Span,
-        visit: &mut dyn FnMut(&[u8], &[u8]) -> ControlFlow<()>,
-    ) -> Result<(), StoreError> {
+    pub fn scan(&self, table: Table, span: Span, visit: Visit<'_>) -> Result<(), StoreError> {
         self.tables.scan(table, span, visit).map_err(|error| {
             tracing::error!(%error, table = table.name(), "a scan failed");
             StoreError::Unavailable

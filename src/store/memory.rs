@@ -24,12 +24,11 @@ impl Tables for Memory {
             return Ok(());
         }
         let all = self.0.read().unwrap_or_else(PoisonError::into_inner);
-        let rows = all[table as usize].range((span.from, span.to));
-        let see = |(key, value): (&Vec<u8>, &Vec<u8>)| visit(key, value);
-        let _: ControlFlow<()> = if span.backwards {
-            rows.rev().try_for_each(see)
-        } else {
-            rows.map(|row| row).try_for_each(see)
+        let mut rows = all[table as usize].range((span.from, span.to));
+        let mut see = |(key, value): (&Vec<u8>, &Vec<u8>)| visit(key, value);
+        let _: ControlFlow<()> = match span.backwards {
+            true => rows.rev().try_for_each(&mut see),
+            false => rows.try_for_each(&mut see),
         };
         Ok(())
     }

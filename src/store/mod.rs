@@ -15,7 +15,10 @@ mod writer;
 #[cfg(test)]
 mod conformance;
 
-use std::{path::PathBuf, sync::Arc};
+use std::{
+    path::{Path, PathBuf},
+    sync::Arc,
+};
 
 use async_trait::async_trait;
 
@@ -125,8 +128,6 @@ pub enum StoreError {
 
 #[derive(Debug, thiserror::Error)]
 pub enum OpenError {
-    #[error("STORE_URL {url:?}: {why}")]
-    Url { url: String, why: &'static str },
     #[error("{}: is in use by another process", path.display())]
     Locked { path: PathBuf },
     #[error("{}: has format {found}; this version reads up to {known}: use the version that wrote it, or newer", path.display())]
@@ -209,14 +210,19 @@ pub async fn commit_one(store: &dyn Store, commit: Commit) -> Result<Committed, 
 /// Called with the size of each batch and how long it took.
 pub type OnCommit = Arc<dyn Fn(usize, std::time::Duration) + Send + Sync>;
 
-/// Opens `file:PATH` or `memory:`.
-pub fn open(url: &str, options: Options) -> Result<Arc<Embedded>, OpenError> {
-    let bad = |why| OpenError::Url { url: url.to_owned(), why };
-    let (tables, path): (Arc<dyn tables::Tables>, _) = match url.split_once(':') {
-        Some(("file", "")) => return Err(bad("names no folder: file:PATH")),
-        Some(("file", path)) => (Arc::new(disk::Disk::open(path.as_ref())?), path),
-        Some(("memory", "")) => (Arc::new(memory::Memory::default()), "memory:"),
-        Some(_) | None => return Err(bad("must be file:PATH or memory:")),
+/// Where a store lies.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Location {
+    /// In this folder, which is made where it is missing.
+    Folder(PathBuf),
+    /// Nowhere: gone with the process.
+    Memory,
+}
+
+pub fn open(location: &Location, options: Options) -> Result<Arc<Embedded>, OpenError> {
+    let (tables, path): (Arc<dyn tables::Tables>, _) = match location {
+        Location::Folder(path) => (Arc::new(disk::Disk::open(path)?), path.as_path()),
+        Location::Memory => (Arc::new(memory::Memory::default()), Path::new("memory:")),
     };
-    Embedded::start(tables, path.as_ref(), options)
+    Embedded::start(tables, path, options)
 }

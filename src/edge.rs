@@ -1,0 +1,559 @@
+//! The outermost service: every request passes here, and every refusal leaves as a gRPC reply.
+//!
+//! It never fails (`Error = Infallible`): an error that left it would make hyper reset the stream, and the
+//! caller would not learn why. Dropping a handler at its deadline is safe, because a commit outlives the
+//! handler that asked for it.
+
+use std::any::Any;
+use std::cell::Cell;
+use std::convert::Infallible;
+use std::error::Error;
+use std::future::poll_fn;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::pin::{Pin, pin};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use bytes::Bytes;
+use http::{HeaderMap, HeaderValue, Method, Request, Response, StatusCode, header};
+use http_body::Frame;
+use hyper::service::{Service, service_fn};
+use tokio::sync::Semaphore;
+use tokio::time::timeout;
+use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
+use tonic::body::Body;
+use tonic::service::Routes;
+use tonic::{Code, Status};
+use tower::Service as _;
+
+use crate::api;
+use crate::api::error::{Failure, Reason};
+use crate::api::pb::payment::v1::payment_service_server::{PaymentService, PaymentServiceServer};
+use crate::clock::Stopwatch;
+use crate::domain::payment::Trace;
+use crate::domain::validation::Violation;
+use crate::log_budget::LogBudget;
+use crate::metrics::{GRPC_METHODS, Metrics, UNKNOWN_METHOD};
+
+/// The service that is matched first; everything else goes through tonic's router.
+const PAYMENTS_PREFIX: &str = "/payment.v1.PaymentService/";
+
+/// Answered whatever the load: a busy server is not a sick one, and the check costs nothing.
+const HEALTH_PREFIX: &str = "/grpc.health.v1.Health/";
+
+/// Calls whose reply has no end of its own: no deadline, but they end with their connection.
+const STREAMS: [&str; 3] = [
+    "/grpc.health.v1.Health/Watch",
+    "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo",
+    "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo",
+];
+
+const GRPC_TIMEOUT: &str = "grpc-timeout";
+const GRPC_STATUS: &str = "grpc-status";
+const GRPC_DETAILS: &str = "grpc-status-details-bin";
+const TRACEPARENT: &str = "traceparent";
+
+/// Lines about requests a second, each for the ordinary ones and for our own faults: enough to follow one
+/// client, too few to slow down thirty thousand requests.
+const LINES_PER_SECOND: u32 = 100;
+
+/// What the edge tells the metrics.
+pub trait Observe: Send + Sync + 'static {
+    /// A call has ended. The labels come from a static table: a caller cannot make new ones.
+    fn handled(&self, service: &'static str, method: &'static str, code: Code, elapsed: Duration);
+    /// A handler panicked, and its caller got INTERNAL.
+    fn panicked(&self);
+    /// So many log lines were not written.
+    fn log_lines_suppressed(&self, n: u64);
+}
+
+impl Observe for Metrics {
+    fn handled(&self, service: &'static str, method: &'static str, code: Code, elapsed: Duration) {
+        self.grpc_handled(service, method, code, elapsed);
+    }
+
+    fn panicked(&self) {
+        Metrics::panicked(self);
+    }
+
+    fn log_lines_suppressed(&self, n: u64) {
+        Metrics::log_lines_suppressed(self, n);
+    }
+}
+
+/// Bounds on requests, over all connections and runtimes.
+#[derive(Clone, Debug)]
+pub struct EdgeLimits {
+    /// Requests being handled at a time: at 30,000 a second these are 0.3 s of work. More are refused at
+    /// once, because a longer queue only serves callers that have given up.
+    pub max_in_flight: usize,
+    /// The longest that a handler may take; a caller may want less.
+    pub deadline: Duration,
+}
+
+impl Default for EdgeLimits {
+    fn default() -> Self {
+        Self { max_in_flight: 8192, deadline: Duration::from_secs(10) }
+    }
+}
+
+/// Everything behind the gRPC port. Clones are handles of one.
+pub struct Edge<T>(Arc<Shared<T>>);
+
+struct Shared<T> {
+    payments: PaymentServiceServer<T>,
+    routes: Routes,
+    limits: EdgeLimits,
+    slots: Arc<Semaphore>,
+    observe: Arc<dyn Observe>,
+    lines: LogBudget,
+    faults: LogBudget,
+}
+
+impl<T> Clone for Edge<T> {
+    fn clone(&self) -> Self {
+        Self(Arc::clone(&self.0))
+    }
+}
+
+impl<T: PaymentService> Edge<T> {
+    /// `routes` is what is behind the payment service: see [`api::routes`].
+    pub fn new(payments: T, routes: Routes, limits: EdgeLimits, observe: Arc<dyn Observe>) -> Self {
+        Self(Arc::new(Shared {
+            payments: api::payment_server(payments),
+            routes: routes.prepare(),
+            slots: Arc::new(Semaphore::new(limits.max_in_flight)),
+            limits,
+            observe,
+            lines: LogBudget::new(LINES_PER_SECOND),
+            faults: LogBudget::new(LINES_PER_SECOND),
+        }))
+    }
+
+    /// Requests being handled now; held calls that gave their place back do not count.
+    pub fn in_flight(&self) -> usize {
+        self.0.limits.max_in_flight.saturating_sub(self.0.slots.available_permits())
+    }
+
+    /// The service of one connection; its streams end when `ending` is cancelled.
+    pub fn connection<B>(
+        &self,
+        ending: CancellationToken,
+    ) -> impl Service<
+        Request<B>,
+        Response = Response<Body>,
+        Error = Infallible,
+        Future: Send + 'static,
+    >
+    + Send
+    + 'static
+    + use<T, B>
+    where
+        B: http_body::Body<Data = Bytes> + Send + 'static,
+        B::Error: Into<Box<dyn Error + Send + Sync>> + Send,
+    {
+        let edge = self.clone();
+        // Counted by Arc: a token's own clone takes a lock, and only streams want one.
+        let ending = Arc::new(ending);
+        service_fn(move |request| {
+            let (edge, ending) = (edge.clone(), Arc::clone(&ending));
+            async move { Ok(edge.answer(request, &ending).await) }
+        })
+    }
+
+    async fn answer<B>(&self, mut request: Request<B>, ending: &CancellationToken) -> Response<Body>
+    where
+        B: http_body::Body<Data = Bytes> + Send + 'static,
+        B::Error: Into<Box<dyn Error + Send + Sync>> + Send,
+    {
+        let trace = Trace::of(request.headers());
+        request.extensions_mut().insert(trace);
+        let path = request.uri().path();
+        let stream = STREAMS.contains(&path);
+        let mut account = Account::open(&self.0, labels(path), trace);
+
+        let response = match self.handle(request, stream).await {
+            Ok(response) => in_our_words(response),
+            Err(refusal) => refusal.into_response(),
+        };
+        account.close(&response);
+        if stream {
+            response.map(|body| Body::new(Ending::new(body, ending.clone())))
+        } else {
+            response
+        }
+    }
+
+    async fn handle<B>(
+        &self,
+        mut request: Request<B>,
+        stream: bool,
+    ) -> Result<Response<Body>, Refusal>
+    where
+        B: http_body::Body<Data = Bytes> + Send + 'static,
+        B::Error: Into<Box<dyn Error + Send + Sync>> + Send,
+    {
+        check_protocol(&request)?;
+        let wanted = grpc_timeout(request.headers())?;
+        // Health needs none; for the rest it is held until the handler has ended, however it ends.
+        let _place = if request.uri().path().starts_with(HEALTH_PREFIX) {
+            None
+        } else {
+            let slot = Slot::take(&self.0.slots).ok_or_else(overloaded)?;
+            request.extensions_mut().insert(slot.clone());
+            Some(ReleaseAtEnd(slot))
+        };
+        let handler = survive(self.route(request));
+        let handled = if stream {
+            handler.await
+        } else {
+            let deadline = wanted.map_or(self.0.limits.deadline, |w| w.min(self.0.limits.deadline));
+            timeout(deadline, handler).await.map_err(|_elapsed| too_late(deadline))?
+        };
+        handled.map_err(|panic| {
+            self.0.observe.panicked();
+            Refusal::from(Failure::internal(format!("a handler panicked: {panic}")))
+        })
+    }
+
+    async fn route<B>(&self, request: Request<B>) -> Response<Body>
+    where
+        B: http_body::Body<Data = Bytes> + Send + 'static,
+        B::Error: Into<Box<dyn Error + Send + Sync>> + Send,
+    {
+        let answered = if request.uri().path().starts_with(PAYMENTS_PREFIX) {
+            self.0.payments.clone().call(request).await
+        } else {
+            self.0.routes.clone().call(request).await
+        };
+        answered.unwrap_or_else(|never: Infallible| match never {})
+    }
+}
+
+/// A failure and the HTTP status that it goes out with: 200, save for what is no gRPC at all.
+struct Refusal {
+    failure: Box<Failure>,
+    http: StatusCode,
+}
+
+impl From<Failure> for Refusal {
+    fn from(failure: Failure) -> Self {
+        Self { failure: Box::new(failure), http: StatusCode::OK }
+    }
+}
+
+impl Refusal {
+    fn into_response(self) -> Response<Body> {
+        let mut response = Status::from(*self.failure).into_http();
+        *response.status_mut() = self.http;
+        if self.http == StatusCode::METHOD_NOT_ALLOWED {
+            response.headers_mut().insert(header::ALLOW, HeaderValue::from_static("POST"));
+        }
+        response
+    }
+}
+
+fn overloaded() -> Refusal {
+    Failure::new(Reason::Overloaded, "too many requests in flight").into()
+}
+
+fn too_late(deadline: Duration) -> Refusal {
+    let text = format!("no reply within {} ms", deadline.as_millis());
+    Failure::new(Reason::Deadline, text).into()
+}
+
+/// Refuses what is no gRPC: browsers and probes that have the wrong port, and encodings that we don't speak.
+fn check_protocol<B>(request: &Request<B>) -> Result<(), Refusal> {
+    let malformed = |http, text| {
+        Err(Refusal { failure: Box::new(Failure::new(Reason::Malformed, text)), http })
+    };
+    if request.method() != Method::POST {
+        return malformed(StatusCode::METHOD_NOT_ALLOWED, "gRPC calls are POST requests");
+    }
+    let content_type = request.headers().get(header::CONTENT_TYPE).map(HeaderValue::as_bytes);
+    if !content_type.is_some_and(is_grpc) {
+        return malformed(
+            StatusCode::UNSUPPORTED_MEDIA_TYPE,
+            "this port speaks gRPC: content-type must be application/grpc or application/grpc+proto",
+        );
+    }
+    Ok(())
+}
+
+/// Not grpc-web, not another message format; parameters are ignored.
+fn is_grpc(content_type: &[u8]) -> bool {
+    let kind = content_type.split(|&b| b == b';').next().unwrap_or_default().trim_ascii();
+    kind.eq_ignore_ascii_case(b"application/grpc")
+        || kind.eq_ignore_ascii_case(b"application/grpc+proto")
+}
+
+/// The caller's deadline: 1 to 8 digits and a unit.
+fn grpc_timeout(headers: &HeaderMap) -> Result<Option<Duration>, Refusal> {
+    let Some(value) = headers.get(GRPC_TIMEOUT) else { return Ok(None) };
+    parse_timeout(value.as_bytes()).map(Some).ok_or_else(|| {
+        let rule = "must be 1 to 8 digits and one of the units H, M, S, m, u, n";
+        Failure::invalid(vec![Violation::new(GRPC_TIMEOUT, rule)]).into()
+    })
+}
+
+fn parse_timeout(value: &[u8]) -> Option<Duration> {
+    const MAX_DIGITS: usize = 8;
+    let (unit, digits) = value.split_last()?;
+    let all_digits = digits.iter().all(u8::is_ascii_digit);
+    if digits.is_empty() || digits.len() > MAX_DIGITS || !all_digits {
+        return None;
+    }
+    let n = digits.iter().fold(0, |n, digit| n * 10 + u64::from(digit - b'0'));
+    match unit {
+        b'H' => Some(Duration::from_secs(n * 3600)),
+        b'M' => Some(Duration::from_secs(n * 60)),
+        b'S' => Some(Duration::from_secs(n)),
+        b'm' => Some(Duration::from_millis(n)),
+        b'u' => Some(Duration::from_micros(n)),
+        b'n' => Some(Duration::from_nanos(n)),
+        _ => None,
+    }
+}
+
+/// Runs a handler and turns a panic into its text.
+async fn survive<R>(handler: impl Future<Output = R>) -> Result<R, String> {
+    let mut handler = pin!(handler);
+    poll_fn(|cx| {
+        // Unwind safe: a handler that has panicked is dropped and never polled again, and what it shared
+        // is guarded by its own locks; a panic inside the store aborts the process before it gets here.
+        match catch_unwind(AssertUnwindSafe(|| handler.as_mut().poll(cx))) {
+            Ok(Poll::Pending) => Poll::Pending,
+            Ok(Poll::Ready(result)) => Poll::Ready(Ok(result)),
+            Err(panic) => Poll::Ready(Err(panic_text(panic.as_ref()))),
+        }
+    })
+    .await
+}
+
+fn panic_text(panic: &(dyn Any + Send)) -> String {
+    let text = panic.downcast_ref::<&str>().map(|text| (*text).to_owned());
+    text.or_else(|| panic.downcast_ref::<String>().cloned())
+        .unwrap_or_else(|| "(no text)".to_owned())
+}
+
+/// The code of a reply whose headers end it; one that goes on went well.
+fn code_of(response: &Response<Body>) -> Code {
+    let code = response.headers().get(GRPC_STATUS);
+    code.map_or(Code::Ok, |code| Code::from_bytes(code.as_bytes()))
+}
+
+/// tonic's own refusals of a request, in the contract's words. They are told from ours by having no
+/// google.rpc details, which every [`Failure`] has.
+fn in_our_words(response: Response<Body>) -> Response<Body> {
+    if response.headers().contains_key(GRPC_DETAILS) {
+        return response;
+    }
+    match code_of(&response) {
+        // tonic's answer to a message over the limit.
+        Code::OutOfRange => {
+            let text = format!("a request is at most {} bytes", api::MAX_REQUEST_BYTES);
+            Refusal::from(Failure::new(Reason::MessageTooLarge, text)).into_response()
+        }
+        // tonic's answer to a body that is not exactly one message: none, cut off, a flag that is not 0.
+        Code::Internal | Code::Unknown => {
+            let text = "the body must be one whole, uncompressed gRPC message";
+            Refusal::from(Failure::new(Reason::Malformed, text)).into_response()
+        }
+        _ => response,
+    }
+}
+
+/// The metrics' labels of a path.
+fn labels(path: &str) -> (&'static str, &'static str) {
+    let Some((service, method)) = path.strip_prefix('/').and_then(|p| p.split_once('/')) else {
+        return UNKNOWN_METHOD;
+    };
+    GRPC_METHODS
+        .iter()
+        .find(|known| known.1 == method && known.0 == service)
+        .copied()
+        .unwrap_or(UNKNOWN_METHOD)
+}
+
+/// One call's entry in metrics and log, written when it is dropped: also when the caller hangs up, which
+/// drops the whole call.
+struct Account<'a, T> {
+    shared: &'a Shared<T>,
+    labels: (&'static str, &'static str),
+    trace: Trace,
+    watch: Stopwatch,
+    code: Code,
+}
+
+impl<'a, T> Account<'a, T> {
+    fn open(shared: &'a Shared<T>, labels: (&'static str, &'static str), trace: Trace) -> Self {
+        Self { shared, labels, trace, watch: Stopwatch::start(), code: Code::Cancelled }
+    }
+
+    fn close(&mut self, response: &Response<Body>) {
+        self.code = code_of(response);
+        if matches!(self.code, Code::Internal | Code::Unknown) {
+            self.report(response.extensions().get::<Status>());
+        }
+    }
+
+    /// A bug of ours, at error, with what the caller was not told.
+    fn report(&self, status: Option<&Status>) {
+        let Some(withheld) = self.shared.faults.spend() else { return };
+        let cause = status.and_then(Error::source).map(tracing::field::display);
+        let trace_id = hex::encode(self.trace.trace_id);
+        tracing::error!(method = self.labels.1, %trace_id, withheld, cause, "internal error");
+    }
+}
+
+impl<T> Drop for Account<'_, T> {
+    fn drop(&mut self) {
+        let elapsed = self.watch.elapsed();
+        let (service, method) = self.labels;
+        self.shared.observe.handled(service, method, self.code, elapsed);
+        if !tracing::enabled!(tracing::Level::DEBUG) {
+            return;
+        }
+        if let Some(withheld) = self.shared.lines.spend() {
+            self.shared.observe.log_lines_suppressed(withheld);
+            let latency_us = u64::try_from(elapsed.as_micros()).unwrap_or(u64::MAX);
+            let trace_id = hex::encode(self.trace.trace_id);
+            let code = self.code;
+            tracing::debug!(service, method, ?code, latency_us, %trace_id, withheld, "handled");
+        }
+    }
+}
+
+/// A request's place among those in flight. In the request's extensions, so that a call that is held on
+/// purpose can give it back.
+#[derive(Clone, Debug)]
+pub struct Slot(Arc<Place>);
+
+#[derive(Debug)]
+struct Place {
+    slots: Arc<Semaphore>,
+    taken: AtomicBool,
+}
+
+impl Slot {
+    fn take(slots: &Arc<Semaphore>) -> Option<Self> {
+        slots.try_acquire().ok()?.forget();
+        Some(Self(Arc::new(Place { slots: Arc::clone(slots), taken: AtomicBool::new(true) })))
+    }
+
+    /// Gives the place to another request. Once is enough; again does nothing.
+    pub fn release(&self) {
+        if self.0.taken.swap(false, Ordering::Relaxed) {
+            self.0.slots.add_permits(1);
+        }
+    }
+}
+
+/// The edge's own handle: the place is free when the handler has ended, whoever else keeps a [`Slot`].
+struct ReleaseAtEnd(Slot);
+
+impl Drop for ReleaseAtEnd {
+    fn drop(&mut self) {
+        self.0.release();
+    }
+}
+
+/// Reads W3C trace context, and makes it up when the caller sends none.
+impl Trace {
+    /// As the caller says, else a new one.
+    pub fn of(headers: &HeaderMap) -> Self {
+        let said = headers.get(TRACEPARENT).and_then(|value| Self::parse(value.as_bytes()));
+        said.unwrap_or_else(Self::make)
+    }
+
+    fn make() -> Self {
+        let mut trace_id = [0; 16];
+        trace_id[..8].copy_from_slice(&random().to_be_bytes());
+        trace_id[8..].copy_from_slice(&random().to_be_bytes());
+        Self { trace_id, parent_span: random().to_be_bytes(), sampled: false }
+    }
+
+    /// `00-<32 hex>-<16 hex>-<2 hex>`; a later version may go on after another dash.
+    fn parse(value: &[u8]) -> Option<Self> {
+        const LENGTH: usize = 55;
+        const SAMPLED: u8 = 1;
+        let (known, rest) = value.split_at_checked(LENGTH)?;
+        let mut version = [0];
+        let (mut trace_id, mut parent_span, mut flags) = ([0; 16], [0; 8], [0]);
+        let dashes = known[2] == b'-' && known[35] == b'-' && known[52] == b'-';
+        // The hex crate takes upper case too, which the standard does not.
+        if !dashes || known.iter().any(u8::is_ascii_uppercase) {
+            return None;
+        }
+        hex::decode_to_slice(&known[..2], &mut version).ok()?;
+        hex::decode_to_slice(&known[3..35], &mut trace_id).ok()?;
+        hex::decode_to_slice(&known[36..52], &mut parent_span).ok()?;
+        hex::decode_to_slice(&known[53..], &mut flags).ok()?;
+        let length_fits = match version[0] {
+            0 => rest.is_empty(),
+            0xff => false,
+            _ => rest.first().is_none_or(|&b| b == b'-'),
+        };
+        let valid = length_fits && trace_id != [0; 16] && parent_span != [0; 8];
+        valid.then_some(Self { trace_id, parent_span, sampled: flags[0] & SAMPLED != 0 })
+    }
+}
+
+/// Numbers for trace ids: unique, not secret. One system call a thread, then SplitMix64.
+fn random() -> u64 {
+    const GOLDEN_GAMMA: u64 = 0x9e37_79b9_7f4a_7c15;
+    thread_local! {
+        static STATE: Cell<u64> =
+            Cell::new(getrandom::u64().expect("the kernel has had randomness since it booted"));
+    }
+    let mut z = STATE.get().wrapping_add(GOLDEN_GAMMA);
+    STATE.set(z);
+    z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    z ^ (z >> 31)
+}
+
+/// A stream's body that ends with its connection: with UNAVAILABLE, so that the caller comes back elsewhere.
+struct Ending {
+    body: Body,
+    ended: Pin<Box<WaitForCancellationFutureOwned>>,
+    done: bool,
+}
+
+impl Ending {
+    fn new(body: Body, ending: CancellationToken) -> Self {
+        Self { body, ended: Box::pin(ending.cancelled_owned()), done: false }
+    }
+}
+
+impl http_body::Body for Ending {
+    type Data = Bytes;
+    type Error = Status;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
+        if self.done {
+            return Poll::Ready(None);
+        }
+        if self.ended.as_mut().poll(cx).is_ready() {
+            self.done = true;
+            let failure = Failure::new(Reason::Draining, "the connection is closing: call again");
+            let (head, ()) = Status::from(failure).into_http::<()>().into_parts();
+            return Poll::Ready(Some(Ok(Frame::trailers(head.headers))));
+        }
+        Pin::new(&mut self.body).poll_frame(cx)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.done || self.body.is_end_stream()
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod testbed;
+#[cfg(test)]
+mod tests;

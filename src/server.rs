@@ -1,0 +1,559 @@
+//! The accept loops: gRPC on hyper's own HTTP/2 server, and plain HTTP/1.1 for what serves people.
+//!
+//! tonic's transport is not used: it does not pass on the limits below, accepts silent clients for ever,
+//! spins at the descriptor limit and can hang when it drains. Whoever connects is answered within
+//! [`Limits`] or let go; a drain ends whatever the clients do.
+
+use std::convert::Infallible;
+use std::error::Error;
+use std::io;
+use std::net::SocketAddr;
+use std::pin::{Pin, pin};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use http::{Request, Response};
+use http_body::Body;
+use hyper::body::Incoming;
+use hyper::rt::Executor;
+use hyper::server::conn::{http1, http2};
+use hyper::service::Service;
+use hyper_util::rt::{TokioIo, TokioTimer};
+use socket2::{Domain, SockRef, Socket, TcpKeepalive, Type};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, ReadBuf};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::Semaphore;
+use tokio::time::{sleep, timeout};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use crate::log_budget::LogBudget;
+
+/// Streams a connection may have open. What is above waits in the client, which knows the number from
+/// our SETTINGS; tonic's default is none at all.
+pub const MAX_CONCURRENT_STREAMS: u32 = 128;
+
+/// Stream errors that a peer may cause on one connection before it is closed with GOAWAY: the guard of
+/// RUSTSEC-2024-0003, which tonic switches off. A well-behaved client causes none.
+const MAX_LOCAL_ERROR_RESETS: usize = 256;
+
+/// Header bytes of one request. Ours are a few hundred; this stops header bombs early.
+const MAX_HEADER_LIST_BYTES: u32 = 8 * 1024;
+
+/// Receive windows in bytes. A request is at most 64 KiB, so a stream needs no more; connections × window
+/// is what hostile clients can make us hold, 1 GiB at worst with every connection taken.
+const STREAM_WINDOW_BYTES: u32 = 64 * 1024;
+const CONNECTION_WINDOW_BYTES: u32 = 256 * 1024;
+
+/// How often an HTTP/2 peer is pinged, and how long it has to answer: a vanished peer frees its place
+/// after 40 s, and NATs in between keep the connection.
+const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(30);
+const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// TCP's own keepalive, for peers that vanish before HTTP/2 has begun.
+const TCP_KEEPALIVE: Duration = Duration::from_secs(60);
+
+/// Connections that may wait to be accepted: a restart makes all clients come back at once. The kernel
+/// lowers it to net.core.somaxconn.
+const BACKLOG: i32 = 4096;
+
+/// How often a free port is sought when the caller asked for any (port 0) and lost it again meanwhile.
+const PORT_TRIES: usize = 8;
+
+/// Idleness is looked at this many times in its span, so that a connection closes at most a quarter late
+/// and no request pays for a timer.
+const IDLE_CHECKS: u32 = 4;
+
+/// Request heads of HTTP/1.1: a person's browser needs a few kilobytes.
+const HTTP1_BUFFER_BYTES: usize = 16 * 1024;
+
+/// Warnings of an accept loop a second: at the descriptor limit every attempt would write one.
+const WARNINGS_PER_SECOND: u32 = 1;
+
+/// What every HTTP/2 client sends first (RFC 9113, 3.4).
+const PREFACE: &[u8; 24] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
+
+type BoxError = Box<dyn Error + Send + Sync>;
+
+/// Bounds on connections. Tests shorten them; the defaults are what is shipped.
+#[derive(Clone, Debug)]
+pub struct Limits {
+    /// Connections at a time, over all listeners: 4,096 × 256 KiB of window is what memory allows. More are
+    /// closed at once, so that their clients go elsewhere.
+    pub max_connections: usize,
+    /// How long accepting rests after an error that is not one connection's (no descriptors, no memory):
+    /// without it the loop spins, and within it something may be freed.
+    pub accept_backoff: Duration,
+    /// How long a client may take to say that it speaks HTTP/2 (for HTTP/1.1: to send a request's head).
+    /// A fair one does at once; a silent one would hold its place for ever.
+    pub preface: Duration,
+    /// How long a connection may stay without a request in flight.
+    pub idle: Duration,
+    /// How long a connection is used before its client is sent away with GOAWAY, so that load spreads to
+    /// new replicas. See [`Limits::drawn`].
+    pub age: Duration,
+    /// How long what is in flight may take after GOAWAY. Requests end within 10 s by themselves; past this
+    /// the connection is dropped, because a graceful close alone may never end (hyperium/hyper#4170).
+    pub grace: Duration,
+    /// A client that was sent away and has had nothing in flight for two of these is dropped: a silent one
+    /// never answers, and a drain need not wait out the whole grace for it.
+    pub quiet: Duration,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            max_connections: 4096,
+            accept_backoff: Duration::from_millis(100),
+            preface: Duration::from_secs(5),
+            idle: Duration::from_secs(600),
+            age: Duration::from_secs(300),
+            grace: Duration::from_secs(20),
+            quiet: Duration::from_secs(2),
+        }
+    }
+}
+
+impl Limits {
+    /// The defaults for the ops port: its callers are probes and a scraper or two.
+    pub fn ops() -> Self {
+        Self { max_connections: 256, ..Self::default() }
+    }
+
+    /// With an age drawn from ± 20 %, once a process, so that replicas started together do not send their
+    /// clients away together. `chance` is uniform in 0..1.
+    #[must_use]
+    pub fn drawn(mut self, chance: f64) -> Self {
+        const SPREAD: f64 = 0.2;
+        self.age = self.age.mul_f64(1.0 - SPREAD + 2.0 * SPREAD * chance.clamp(0.0, 1.0));
+        self
+    }
+}
+
+/// `n` listeners on one address, one for each runtime: the kernel spreads the connections.
+///
+/// They share the port by SO_REUSEPORT, which would let a second instance join unnoticed; so one bind
+/// without it goes first and fails loudly when anybody listens there. With port 0 all get the same free one.
+///
+/// # Errors
+/// The address is in use, or may not be bound by this user.
+pub fn bind(address: SocketAddr, n: usize) -> io::Result<Vec<std::net::TcpListener>> {
+    for _ in 1..PORT_TRIES {
+        match bind_once(address, n) {
+            Err(e) if address.port() == 0 && e.kind() == io::ErrorKind::AddrInUse => {}
+            result => return result,
+        }
+    }
+    bind_once(address, n)
+}
+
+fn bind_once(address: SocketAddr, n: usize) -> io::Result<Vec<std::net::TcpListener>> {
+    let alone = listen(address, false)?;
+    let found = alone.local_addr()?;
+    // Nothing was accepted, so closing it leaves no TIME_WAIT behind.
+    drop(alone);
+    (0..n).map(|_| listen(found, true)).collect()
+}
+
+fn listen(address: SocketAddr, shared: bool) -> io::Result<std::net::TcpListener> {
+    let socket = Socket::new(Domain::for_address(address), Type::STREAM, None)?;
+    // A restart must not wait for the old connections' TIME_WAIT. Against a listener this proves nothing
+    // at bind, but listen fails all the same.
+    socket.set_reuse_address(true)?;
+    if shared {
+        socket.set_reuse_port(true)?;
+    }
+    socket.bind(&address.into())?;
+    socket.listen(BACKLOG)?;
+    socket.set_nonblocking(true)?;
+    Ok(socket.into())
+}
+
+/// Serves connections within one set of limits. Clones share them: one for each listener.
+#[derive(Clone, Debug)]
+pub struct Server(Arc<Shared>);
+
+#[derive(Debug)]
+struct Shared {
+    limits: Limits,
+    places: Arc<Semaphore>,
+    warnings: LogBudget,
+}
+
+impl Server {
+    pub fn new(limits: Limits) -> Self {
+        let places = Arc::new(Semaphore::new(limits.max_connections));
+        Self(Arc::new(Shared { limits, places, warnings: LogBudget::new(WARNINGS_PER_SECOND) }))
+    }
+
+    /// Connections open now, over all listeners.
+    pub fn connections(&self) -> usize {
+        self.0.limits.max_connections.saturating_sub(self.0.places.available_permits())
+    }
+
+    /// Serves HTTP/2 on `listener` until `drain` is cancelled and every connection has ended, at most
+    /// [`Limits::grace`] later. Runs on the current runtime, be it of one thread or of many.
+    ///
+    /// `service_for` makes a connection's service; the token it gets is cancelled when that connection
+    /// should end, which is what endless streams have to heed.
+    ///
+    /// # Errors
+    /// The listener cannot be used on this runtime. What happens to one connection is no error.
+    pub async fn serve_grpc<S, B>(
+        &self,
+        listener: std::net::TcpListener,
+        service_for: impl Fn(CancellationToken) -> S,
+        drain: CancellationToken,
+    ) -> io::Result<()>
+    where
+        S: Service<Request<Incoming>, Response = Response<B>, Error = Infallible> + Send + 'static,
+        S::Future: Send + 'static,
+        B: Body + Send + 'static,
+        B::Data: Send,
+        B::Error: Into<BoxError>,
+    {
+        self.accept(listener, &drain, |tcp, ending, tasks| {
+            let service = service_for(ending.clone());
+            converse_http2(tcp, service, self.0.limits.clone(), ending, tasks)
+        })
+        .await
+    }
+
+    /// Serves HTTP/1.1 on `listener`, else as [`Server::serve_grpc`].
+    ///
+    /// # Errors
+    /// The listener cannot be used on this runtime.
+    pub async fn serve_http<S, B>(
+        &self,
+        listener: std::net::TcpListener,
+        service: S,
+        drain: CancellationToken,
+    ) -> io::Result<()>
+    where
+        S: Service<Request<Incoming>, Response = Response<B>> + Clone + Send + 'static,
+        S::Error: Into<BoxError>,
+        S::Future: Send + 'static,
+        B: Body + Send + 'static,
+        B::Data: Send,
+        B::Error: Into<BoxError>,
+    {
+        self.accept(listener, &drain, |tcp, ending, _tasks| {
+            converse_http1(tcp, service.clone(), self.0.limits.clone(), ending)
+        })
+        .await
+    }
+
+    async fn accept<F>(
+        &self,
+        listener: std::net::TcpListener,
+        drain: &CancellationToken,
+        converse: impl Fn(TcpStream, CancellationToken, TaskTracker) -> F,
+    ) -> io::Result<()>
+    where
+        F: Future<Output = ()> + Send + 'static,
+    {
+        let listener = TcpListener::from_std(listener)?;
+        let tasks = TaskTracker::new();
+        while let Some(accepted) = drain.run_until_cancelled(listener.accept()).await {
+            match accepted {
+                Ok((tcp, _peer)) => {
+                    let Ok(place) = Arc::clone(&self.0.places).try_acquire_owned() else {
+                        self.warn("connection refused: all places are taken", None);
+                        continue;
+                    };
+                    prepare(&tcp);
+                    let conversation = converse(tcp, drain.child_token(), tasks.clone());
+                    tasks.spawn(async move {
+                        conversation.await;
+                        drop(place);
+                    });
+                }
+                Err(e) if is_the_connections_own(&e) => {}
+                Err(e) => {
+                    self.warn("accepting rests", Some(&e));
+                    drain.run_until_cancelled(sleep(self.0.limits.accept_backoff)).await;
+                }
+            }
+        }
+        // Closed before the wait: the kernel then refuses newcomers instead of queueing them.
+        drop(listener);
+        tasks.close();
+        self.see_out(&tasks).await;
+        Ok(())
+    }
+
+    /// Waits for connections and their requests. Each ends by itself within the grace; the limit here only
+    /// keeps a fault in that from holding up the process.
+    async fn see_out(&self, tasks: &TaskTracker) {
+        let limit = self.0.limits.grace + self.0.limits.quiet;
+        if timeout(limit, tasks.wait()).await.is_err() {
+            tracing::warn!(left = tasks.len(), "drained in time, but not everything had ended");
+        }
+    }
+
+    fn warn(&self, what: &str, error: Option<&io::Error>) {
+        if let Some(withheld) = self.0.warnings.spend() {
+            let open = self.connections();
+            let error = error.map(tracing::field::display);
+            tracing::warn!(open, withheld, error, "{what}");
+        }
+    }
+}
+
+/// An error of the one connection that was to be accepted: the next may be fine.
+fn is_the_connections_own(error: &io::Error) -> bool {
+    matches!(
+        error.kind(),
+        io::ErrorKind::ConnectionRefused
+            | io::ErrorKind::ConnectionAborted
+            | io::ErrorKind::ConnectionReset
+            | io::ErrorKind::Interrupted
+    )
+}
+
+/// Options of one connection. They fail only when the peer is already gone, which reading then tells.
+fn prepare(tcp: &TcpStream) {
+    // Replies are written whole: waiting for more would only delay them.
+    let nodelay = tcp.set_nodelay(true);
+    let keepalive =
+        SockRef::from(tcp).set_tcp_keepalive(&TcpKeepalive::new().with_time(TCP_KEEPALIVE));
+    if let Err(error) = nodelay.and(keepalive) {
+        tracing::trace!(%error, "a connection was gone before it began");
+    }
+}
+
+/// One HTTP/2 connection from its preface to its end.
+async fn converse_http2<S, B>(
+    tcp: TcpStream,
+    service: S,
+    limits: Limits,
+    ending: CancellationToken,
+    tasks: TaskTracker,
+) where
+    S: Service<Request<Incoming>, Response = Response<B>, Error = Infallible> + Send + 'static,
+    S::Future: Send + 'static,
+    B: Body + Send + 'static,
+    B::Data: Send,
+    B::Error: Into<BoxError>,
+{
+    // hyper has no limit on this phase and would not end in it when asked to.
+    let preface = timeout(limits.preface, Prefaced::read(tcp));
+    let Some(Ok(Ok(io))) = ending.run_until_cancelled(preface).await else { return };
+
+    let streams = Streams::default();
+    let http2 = http2_settings(StreamTasks { tasks, streams: streams.clone() });
+    let mut connection = pin!(http2.serve_connection(TokioIo::new(io), service));
+    tokio::select! {
+        biased;
+        _ = connection.as_mut() => return,
+        () = ending.cancelled() => {}
+        () = worn_out(&limits, &streams) => {}
+    }
+    ending.cancel();
+    connection.as_mut().graceful_shutdown();
+    tokio::select! {
+        biased;
+        _ = connection => {}
+        () = silent_or_late(&limits, &streams) => {}
+    }
+}
+
+fn http2_settings(executor: StreamTasks) -> http2::Builder<StreamTasks> {
+    let mut http2 = http2::Builder::new(executor);
+    http2
+        .timer(TokioTimer::new())
+        .max_concurrent_streams(MAX_CONCURRENT_STREAMS)
+        .max_local_error_reset_streams(MAX_LOCAL_ERROR_RESETS)
+        .max_header_list_size(MAX_HEADER_LIST_BYTES)
+        .initial_stream_window_size(STREAM_WINDOW_BYTES)
+        .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
+        .keep_alive_interval(KEEPALIVE_INTERVAL)
+        .keep_alive_timeout(KEEPALIVE_TIMEOUT)
+        // gRPC has no use for it.
+        .auto_date_header(false);
+    http2
+}
+
+/// Ends when the connection has been used, or been idle, for long enough.
+async fn worn_out(limits: &Limits, streams: &Streams) {
+    let idle = async {
+        let (mut quiet_checks, mut begun) = (0, streams.begun());
+        while quiet_checks < IDLE_CHECKS {
+            sleep(limits.idle / IDLE_CHECKS).await;
+            let quiet = streams.open() == 0 && streams.begun() == begun;
+            quiet_checks = if quiet { quiet_checks + 1 } else { 0 };
+            begun = streams.begun();
+        }
+    };
+    // Either way it is time: by idleness, or by age, which ends the wait.
+    let _by_age = timeout(limits.age, idle).await;
+}
+
+/// Ends when a connection that was sent away has nothing more in flight and still does not close, or when
+/// its grace is over.
+async fn silent_or_late(limits: &Limits, streams: &Streams) {
+    let silent = async {
+        let mut quiet_checks = 0;
+        while quiet_checks < 2 {
+            sleep(limits.quiet).await;
+            quiet_checks = if streams.open() == 0 { quiet_checks + 1 } else { 0 };
+        }
+    };
+    let _late = timeout(limits.grace, silent).await;
+}
+
+/// One HTTP/1.1 connection.
+async fn converse_http1<S, B>(tcp: TcpStream, service: S, limits: Limits, ending: CancellationToken)
+where
+    S: Service<Request<Incoming>, Response = Response<B>>,
+    S::Error: Into<BoxError>,
+    B: Body + 'static,
+    B::Error: Into<BoxError>,
+{
+    let mut http1 = http1::Builder::new();
+    http1
+        .timer(TokioTimer::new())
+        // Also closes a kept-alive connection on which no request follows.
+        .header_read_timeout(limits.preface)
+        .max_buf_size(HTTP1_BUFFER_BYTES);
+    let mut connection = pin!(http1.serve_connection(TokioIo::new(tcp), service));
+    tokio::select! {
+        biased;
+        _ = connection.as_mut() => return,
+        () = ending.cancelled() => {}
+        () = sleep(limits.age) => {}
+    }
+    connection.as_mut().graceful_shutdown();
+    let _late = timeout(limits.grace, connection).await;
+}
+
+/// How many streams a connection has open, and has had.
+#[derive(Clone, Debug, Default)]
+struct Streams(Arc<StreamCounts>);
+
+#[derive(Debug, Default)]
+struct StreamCounts {
+    open: AtomicUsize,
+    begun: AtomicU64,
+}
+
+impl Streams {
+    fn begin(&self) -> OpenStream {
+        self.0.begun.fetch_add(1, Ordering::Relaxed);
+        self.0.open.fetch_add(1, Ordering::Relaxed);
+        OpenStream(self.clone())
+    }
+
+    fn open(&self) -> usize {
+        self.0.open.load(Ordering::Relaxed)
+    }
+
+    fn begun(&self) -> u64 {
+        self.0.begun.load(Ordering::Relaxed)
+    }
+}
+
+struct OpenStream(Streams);
+
+impl Drop for OpenStream {
+    fn drop(&mut self) {
+        self.0.0.open.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+/// Runs hyper's streams (handler and reply of one request each) as tasks that a drain waits for.
+#[derive(Clone)]
+struct StreamTasks {
+    tasks: TaskTracker,
+    streams: Streams,
+}
+
+impl<F> Executor<F> for StreamTasks
+where
+    F: Future<Output = ()> + Send + 'static,
+{
+    fn execute(&self, stream: F) {
+        let open = self.streams.begin();
+        self.tasks.spawn(async move {
+            stream.await;
+            drop(open);
+        });
+    }
+}
+
+/// A connection whose preface has been read, and is given out once more to hyper, which wants to see it.
+struct Prefaced {
+    tcp: TcpStream,
+    replayed: usize,
+}
+
+impl Prefaced {
+    /// Reads the preface, no byte more, and fails at the first that differs.
+    async fn read(mut tcp: TcpStream) -> io::Result<Self> {
+        let mut buffer = [0; PREFACE.len()];
+        let mut filled = 0;
+        while filled < PREFACE.len() {
+            let n = tcp.read(&mut buffer[filled..]).await?;
+            if n == 0 {
+                return Err(io::ErrorKind::UnexpectedEof.into());
+            }
+            filled += n;
+            if buffer[..filled] != PREFACE[..filled] {
+                return Err(io::ErrorKind::InvalidData.into());
+            }
+        }
+        Ok(Self { tcp, replayed: 0 })
+    }
+}
+
+impl AsyncRead for Prefaced {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        let left = &PREFACE[self.replayed..];
+        if left.is_empty() {
+            return Pin::new(&mut self.tcp).poll_read(cx, buf);
+        }
+        let n = left.len().min(buf.remaining());
+        buf.put_slice(&left[..n]);
+        self.replayed += n;
+        Poll::Ready(Ok(()))
+    }
+}
+
+impl AsyncWrite for Prefaced {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.tcp).poll_write(cx, buf)
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.tcp).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.tcp).poll_shutdown(cx)
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bufs: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.tcp).poll_write_vectored(cx, bufs)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.tcp.is_write_vectored()
+    }
+}
+
+#[cfg(test)]
+mod tests;
