@@ -30,7 +30,9 @@ use payment_sim::{
     },
     clock::{Clock, Stopwatch, SystemClock},
     domain::time::Timestamp,
-    store::{self, Change, Commit, Embedded, Options, Retention, Revision, Store, Versioned},
+    store::{
+        self, Change, Commit, Embedded, Location, Options, Retention, Revision, Store, Versioned,
+    },
 };
 use tokio::task::JoinSet;
 
@@ -131,8 +133,8 @@ async fn fill(dir: &Path, filling: &Filling) -> Result<(), String> {
         on_commit: Arc::new(|_, _| {}),
         on_dropped_early: Arc::new(|_| {}),
     };
-    let url = format!("file:{}", dir.join("data").display());
-    let store = store::open(&url, options).map_err(|error| error.to_string())?;
+    let location = Location::Folder(dir.join("data"));
+    let store = store::open(&location, options).map_err(|error| error.to_string())?;
     let (at_once, later) = (Maker::new(Duration::ZERO), Maker::new(OWED_FOR));
     let mut answers = JoinSet::new();
     let mut commits = Vec::new();

@@ -22,8 +22,8 @@ use payment_sim::{
     clock::{Clock, Stopwatch, SystemClock},
     domain::time::Timestamp,
     store::{
-        self, Change, Commit, Committed, Embedded, Lease, Options, Retention, Store, StoreError,
-        Work,
+        self, Change, Commit, Committed, Embedded, Lease, Location, Options, Retention, Store,
+        StoreError, Work,
     },
 };
 use tokio::task::JoinSet;
@@ -110,12 +110,12 @@ fn measure(load: &Load, kept: Duration, dir: &Path) -> Result<bool, String> {
         }),
         on_dropped_early: Arc::new(|_| {}),
     };
-    let store = store::open(&format!("file:{}", dir.display()), options)
+    let store = store::open(&Location::Folder(dir.to_owned()), options)
         .map_err(|error| error.to_string())?;
     let generating = generator_us();
     let (cpu, written) = (cpu_us(), written_bytes());
     let took = Stopwatch::start();
-    let fell_behind = std::thread::scope(|scope| {
+    let (fell_behind, threads) = std::thread::scope(|scope| {
         let spawn = |name: &str| std::thread::Builder::new().name(name.to_owned());
         let creates = spawn("bench-create")
             .spawn_scoped(scope, || {
@@ -126,19 +126,21 @@ fn measure(load: &Load, kept: Duration, dir: &Path) -> Result<bool, String> {
             .spawn_scoped(scope, || on_a_runtime(settle(load, &store, &seen)))
             .map_err(|error| error.to_string())?;
         let watched = watch(load, &store, &seen, &took);
+        // Before they end, and with them what the kernel says of each.
+        let threads = cpu_us();
         creates.join().map_err(|_| "the creates broke off")?;
         settles.join().map_err(|_| "the settlements broke off")?;
-        Ok::<_, String>(watched)
+        Ok::<_, String>((watched, threads))
     })?;
-    let threads = cpu_us();
+    let all = cpu_us();
     report(&seen, load, fell_behind, took.elapsed());
     let each = |us: f64| us / seen.created.load(Ordering::Relaxed) as f64;
     let spent = |name: &str| threads.get(name).unwrap_or(&0.0) - cpu.get(name).unwrap_or(&0.0);
     println!(
         "CPU {:.1} µs a payment, of which about {generating:.1} make the load itself",
-        each(spent(""))
+        each(all.get("").unwrap_or(&0.0) - cpu.get("").unwrap_or(&0.0))
     );
-    for name in threads.keys().filter(|name| !name.is_empty()) {
+    for name in threads.keys().filter(|name| !name.is_empty() && spent(name) > 0.0) {
         println!("    {name:<16} {:>5.1} µs", each(spent(name)));
     }
     let bytes = disk_bytes(dir).map_err(|error| error.to_string())? as f64;
