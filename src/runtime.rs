@@ -260,7 +260,7 @@ fn start_grpc(tasks: &mut Tasks, service: &Service, limits: Limits, listeners: V
         let (server, edge, end) = (server.clone(), service.edge.clone(), service.grpc_end.clone());
         let (ended, wait) = oneshot::channel();
         let thread = thread::Builder::new().name("grpc".to_owned()).spawn(move || {
-            if let Err(error) = serve_listener(&server, listener, &edge, end) {
+            if let Err(error) = serve_listener(&server, listener, edge, end) {
                 tracing::error!(%error, "the gRPC port cannot be served");
             }
             // The other side is gone only when the process ends.
@@ -275,10 +275,11 @@ fn start_grpc(tasks: &mut Tasks, service: &Service, limits: Limits, listeners: V
     }
 }
 
+/// Ends with nothing left of its connections, nor of `edge` and the store behind it.
 fn serve_listener(
     server: &Server,
     listener: TcpListener,
-    edge: &Edge<Payments>,
+    edge: Edge<Payments>,
     end: CancellationToken,
 ) -> io::Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;

@@ -173,9 +173,11 @@ async fn open_store(
     }
 }
 
+/// The store counts its commits in the metrics, so these must not keep the store: neither would ever go.
 fn watch_outbox(metrics: &Metrics, store: &Arc<dyn Store>, clock: &Arc<dyn Clock>) {
-    let (store, clock) = (Arc::clone(store), Arc::clone(clock));
+    let (store, clock) = (Arc::downgrade(store), Arc::clone(clock));
     metrics.read_outbox_from(move || {
+        let Some(store) = store.upgrade() else { return Vec::new() };
         let now = Timestamp::from_ms(clock.now_ms());
         let depth = |channel, work| {
             let backlog = store.backlog(work);
