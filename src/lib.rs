@@ -27,6 +27,8 @@ pub mod courier;
 
 pub mod clock;
 pub mod config;
+#[cfg(feature = "faults")]
+pub mod faults;
 pub mod healthcheck;
 pub mod log_budget;
 pub mod metrics;

@@ -5,6 +5,8 @@ mod book;
 mod disk;
 mod draws;
 mod embedded;
+#[cfg(feature = "faults")]
+mod faults;
 mod janitor;
 mod lists;
 mod memory;

@@ -1,0 +1,727 @@
+//! What must hold, whatever was killed when: the journals against what the service says afterwards.
+
+use std::{
+    collections::{BTreeMap, BTreeSet, HashMap, HashSet},
+    sync::Arc,
+    time::Duration,
+};
+
+use payment_sim::{
+    api::pb::{
+        common::v1::Pagination,
+        payment::v1::{
+            Delivery, GetPaymentIntentRequest, GetPaymentIntentResponse, ListPaymentsRequest,
+            Payment, PaymentScenario as Scenario, PaymentStatus as Status, TimelineEntry,
+        },
+    },
+    clock::Stopwatch,
+};
+use prost_types::Timestamp;
+use tokio::task::JoinSet;
+use tonic::Code;
+
+use crate::{
+    driver::{CURRENCY, Call, Create, Driver, Story, Timing},
+    sink::{Arrival, Channel, Told},
+    support::chance::Chance,
+};
+
+/// By then nothing is owed any more.
+const QUIET_WITHIN: Duration = Duration::from_secs(60);
+/// Payments asked for at a time.
+const PARALLEL: usize = 32;
+/// Keys that are sent once more, of those acknowledged and of those not.
+const REPLAYS: usize = 200;
+const PAGE_SIZE: i32 = 100;
+
+/// Something that must not be. `names` are what the journals know it by.
+#[derive(Clone, Debug)]
+pub struct Violation {
+    pub invariant: &'static str,
+    pub names: Vec<String>,
+    pub what: String,
+}
+
+/// Lost what was acknowledged, or kept it with another content.
+pub const I1_ACKNOWLEDGED: &str = "I1 acknowledged is stored";
+pub const I2_DECIDED_ONCE: &str = "I2 decided once";
+pub const I3_TOLD: &str = "I3 every decision told";
+pub const I4_NO_PHANTOM: &str = "I4 no phantom";
+pub const I5_ONE_A_KEY: &str = "I5 one payment a key";
+pub const I6_FORWARD: &str = "I6 versions go forward";
+pub const I7_SAME_BYTES: &str = "I7 repeats are the same";
+pub const I8_SUMS: &str = "I8 refunds add up";
+pub const I9_IN_TIME: &str = "I9 nothing early, nothing after cancel";
+pub const LIVENESS: &str = "L comes to rest";
+pub const ERRORS: &str = "E only documented errors";
+
+#[derive(Default)]
+pub struct Found(pub Vec<Violation>);
+
+impl Found {
+    fn add(&mut self, invariant: &'static str, names: &[&str], what: impl Into<String>) {
+        let names = names.iter().map(|&name| name.to_owned()).collect();
+        self.0.push(Violation { invariant, names, what: what.into() });
+    }
+
+    fn unless(
+        &mut self,
+        holds: bool,
+        invariant: &'static str,
+        names: &[&str],
+        what: impl FnOnce() -> String,
+    ) {
+        if !holds {
+            self.add(invariant, names, what());
+        }
+    }
+}
+
+/// What there was to judge: a run without repeats, say, has shown little.
+#[derive(Debug, Default)]
+pub struct Seen {
+    payments: usize,
+    /// Stored, though nobody was told so before the kill.
+    unacknowledged: usize,
+    refunds: usize,
+    cancelled: usize,
+    events: usize,
+    webhooks: usize,
+    /// Arrivals of what had arrived before.
+    repeats: usize,
+    replays: usize,
+    reuses: usize,
+}
+
+impl Seen {
+    fn of(stored: &Stored, story: &Story, told: &Arrived) -> Self {
+        let payments = || stored.values().filter_map(|reply| reply.payment.as_ref());
+        let arrived = |channel| {
+            told.by_payment.values().flatten().filter(move |told| told.channel == channel)
+        };
+        let (events, webhooks) = (arrived(Channel::Event), arrived(Channel::Webhook));
+        let arrivals: usize = told.by_payment.values().map(Vec::len).sum();
+        let first: HashSet<_> = told
+            .by_payment
+            .values()
+            .flatten()
+            .map(|told| (told.channel, &told.body.event_id))
+            .collect();
+        Self {
+            payments: stored.len(),
+            unacknowledged: payments()
+                .filter(|payment| !story.acks.contains_key(&payment.reservation_id))
+                .count(),
+            refunds: payments().map(|payment| payment.refunds.len()).sum(),
+            cancelled: payments().filter(|p| p.status() == Status::Cancelled).count(),
+            events: events.count(),
+            webhooks: webhooks.count(),
+            repeats: arrivals - first.len(),
+            replays: story.acks.values().flatten().filter(|ack| ack.replayed).count(),
+            reuses: story.reused.len(),
+        }
+    }
+}
+
+impl std::fmt::Display for Seen {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Self { payments, unacknowledged, refunds, cancelled, .. } = self;
+        let Self { events, webhooks, repeats, replays, reuses, .. } = self;
+        write!(
+            f,
+            "{payments} payments ({unacknowledged} unacknowledged, {cancelled} cancelled), {refunds} \
+             refunds, {events} events and {webhooks} webhooks ({repeats} of them repeats), {replays} \
+             replays, {reuses} keys reused"
+        )
+    }
+}
+
+/// Waits until nothing is owed any more, then checks everything.
+pub async fn check(
+    driver: &Arc<Driver>,
+    story: &Story,
+    arrivals: impl AsyncFnOnce() -> Vec<Arrival>,
+    timing: Timing,
+    chance: &mut Chance,
+) -> Result<(Seen, Found), String> {
+    let mut found = Found::default();
+    let created = created(story);
+    let mut ids: BTreeSet<String> = created.values().map(|(id, _)| (*id).clone()).collect();
+    ids.extend(list(driver).await?.into_iter().map(|payment| payment.payment_intent_id));
+    let stored = come_to_rest(driver, ids, &mut found).await?;
+    let told = sort(arrivals().await, &mut found);
+
+    check_list(&stored, &list(driver).await?, &mut found);
+    check_creates(&stored, story, &created, &mut found);
+    check_commands(&stored, story, &mut found);
+    check_keys(&stored, story, &mut found);
+    check_reads(&stored, story, &mut found);
+    for reply in stored.values() {
+        Case::of(reply, &told, story).check(&mut found);
+    }
+    for (id, arrivals) in &told.by_payment {
+        found.unless(stored.contains_key(id), I4_NO_PHANTOM, &[id], || {
+            format!("told {} times of a payment that does not exist", arrivals.len())
+        });
+    }
+    check_replays(driver, story, &stored, timing, chance, &mut found).await;
+    Ok((Seen::of(&stored, story, &told), found))
+}
+
+type Stored = HashMap<String, GetPaymentIntentResponse>;
+
+/// Create keys with the payment that they were acknowledged with.
+fn created(story: &Story) -> HashMap<&String, (&String, &Create)> {
+    let creates = story.sends.iter().filter_map(|(key, (call, _))| match call {
+        Call::Create(create) => Some((key, &story.acks.get(key)?.first()?.id, create)),
+        Call::Process { .. } | Call::Cancel { .. } => None,
+    });
+    creates.map(|(key, id, create)| (key, (id, create))).collect()
+}
+
+async fn list(driver: &Arc<Driver>) -> Result<Vec<Payment>, String> {
+    let mut client = driver.client(0);
+    let mut payments = Vec::new();
+    let mut cursor = String::new();
+    loop {
+        let pagination = Some(Pagination { page: 0, page_size: PAGE_SIZE, cursor });
+        let request = ListPaymentsRequest { pagination, ..Default::default() };
+        let page = client.list_payments(request).await.map_err(|e| format!("a list: {e}"))?;
+        let page = page.into_inner();
+        payments.extend(page.payments);
+        let info = page.page_info.ok_or("a list without page_info")?;
+        if !info.has_next_page {
+            return Ok(payments);
+        }
+        cursor = info.next_cursor;
+    }
+}
+
+/// All payments as they are once nothing is owed.
+async fn come_to_rest(
+    driver: &Arc<Driver>,
+    mut open: BTreeSet<String>,
+    found: &mut Found,
+) -> Result<Stored, String> {
+    let watch = Stopwatch::start();
+    let mut stored = Stored::new();
+    loop {
+        let ids: Vec<String> = open.iter().cloned().collect();
+        for part in ids.chunks(PARALLEL * 8) {
+            for (id, reply) in get_all(driver, part).await? {
+                match reply {
+                    None => {
+                        found.add(I1_ACKNOWLEDGED, &[&id], "is not there");
+                        open.remove(&id);
+                    }
+                    Some(reply) => {
+                        if is_at_rest(&reply) {
+                            open.remove(&id);
+                        }
+                        stored.insert(id, reply);
+                    }
+                }
+            }
+        }
+        if open.is_empty() {
+            return Ok(stored);
+        }
+        if watch.elapsed() > QUIET_WITHIN {
+            for id in &open {
+                let payment = stored[id].payment.clone().unwrap_or_default();
+                let what = format!(
+                    "after {QUIET_WITHIN:?} it is {} and still owes something: {:?}",
+                    payment.status().as_str_name(),
+                    stored[id].deliveries
+                );
+                found.add(LIVENESS, &[id], what);
+            }
+            return Ok(stored);
+        }
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
+
+async fn get_all(
+    driver: &Arc<Driver>,
+    ids: &[String],
+) -> Result<Vec<(String, Option<GetPaymentIntentResponse>)>, String> {
+    let mut tasks = JoinSet::new();
+    for (n, ids) in ids.chunks(ids.len().div_ceil(PARALLEL).max(1)).enumerate() {
+        let (mut client, ids) = (driver.client(n), ids.to_vec());
+        tasks.spawn(async move {
+            let mut replies = Vec::with_capacity(ids.len());
+            for id in ids {
+                let request =
+                    GetPaymentIntentRequest { payment_intent_id: id.clone(), ..Default::default() };
+                replies.push((id, client.get_payment_intent(request).await));
+            }
+            replies
+        });
+    }
+    let replies = tasks.join_all().await.into_iter().flatten();
+    replies
+        .map(|(id, reply)| match reply {
+            Ok(reply) => Ok((id, Some(reply.into_inner()))),
+            Err(status) if status.code() == Code::NotFound => Ok((id, None)),
+            Err(status) => Err(format!("{id} cannot be read: {status}")),
+        })
+        .collect()
+}
+
+fn is_at_rest(reply: &GetPaymentIntentResponse) -> bool {
+    let is_open = |delivery: &Delivery| matches!(delivery.state.as_str(), "OWED" | "HELD");
+    let waits = reply.payment.as_ref().is_some_and(|payment| {
+        matches!(payment.status(), Status::Unspecified | Status::Pending | Status::Processing)
+    });
+    !waits && !reply.deliveries.iter().any(is_open)
+}
+
+/// Arrivals by payment, in order.
+struct Arrived {
+    by_payment: HashMap<String, Vec<Told>>,
+}
+
+fn sort(arrivals: Vec<Arrival>, found: &mut Found) -> Arrived {
+    let mut by_payment: HashMap<String, Vec<Told>> = HashMap::new();
+    for arrival in arrivals {
+        match arrival {
+            Arrival::Told(told) => {
+                by_payment.entry(told.body.payment_intent_id.clone()).or_default().push(*told);
+            }
+            Arrival::Unreadable { unreadable, .. } => {
+                found.add(I7_SAME_BYTES, &[], format!("unreadable arrival: {unreadable}"));
+            }
+        }
+    }
+    Arrived { by_payment }
+}
+
+fn check_list(stored: &Stored, listed: &[Payment], found: &mut Found) {
+    let mut seen = HashSet::new();
+    for pair in listed.windows(2) {
+        let (newer, older) = (&pair[0].payment_intent_id, &pair[1].payment_intent_id);
+        found.unless(newer > older, I5_ONE_A_KEY, &[newer, older], || "listed out of order".into());
+    }
+    for payment in listed {
+        let id = &payment.payment_intent_id;
+        found.unless(seen.insert(id), I5_ONE_A_KEY, &[id], || "listed twice".into());
+        let Some(mut same) = stored.get(id).and_then(|reply| reply.payment.clone()) else {
+            found.add(I4_NO_PHANTOM, &[id], "listed, and yet it cannot be read");
+            continue;
+        };
+        same.timeline.clear();
+        found.unless(same == *payment, I1_ACKNOWLEDGED, &[id], || {
+            format!("listed as {payment:?}, read as {same:?}")
+        });
+    }
+    for id in stored.keys() {
+        found.unless(seen.contains(id), I1_ACKNOWLEDGED, &[id], || "is not listed".into());
+    }
+}
+
+fn check_creates(
+    stored: &Stored,
+    story: &Story,
+    created: &HashMap<&String, (&String, &Create)>,
+    found: &mut Found,
+) {
+    for (key, (id, _)) in created {
+        let payment = stored.get(*id).and_then(|reply| reply.payment.as_ref());
+        // That it is missing was found already.
+        let Some(payment) = payment else { continue };
+        found.unless(payment.reservation_id == **key, I1_ACKNOWLEDGED, &[key, id], || {
+            format!("belongs to {}", payment.reservation_id)
+        });
+    }
+    let mut owners: HashMap<&str, Vec<&str>> = HashMap::new();
+    for (id, reply) in stored {
+        let Some(payment) = reply.payment.as_ref() else { continue };
+        let key = &payment.reservation_id;
+        owners.entry(key).or_default().push(id);
+        let Some((Call::Create(create), _)) = story.sends.get(key) else {
+            found.add(I4_NO_PHANTOM, &[key, id], "nobody asked for it");
+            continue;
+        };
+        let amount = payment.amount.clone().unwrap_or_default();
+        let tags = payment.metadata.clone().unwrap_or_default().tags;
+        let same = payment.user_id == create.user
+            && amount.amount == create.amount
+            && amount.currency == CURRENCY
+            && payment.method == create.method
+            && payment.scenario == create.scenario
+            && tags.get("key") == Some(key);
+        found.unless(same, I1_ACKNOWLEDGED, &[key, id], || {
+            format!("asked for {create:?}, stored {payment:?}")
+        });
+    }
+    for (key, ids) in owners.into_iter().filter(|(_, ids)| ids.len() > 1) {
+        found.add(I5_ONE_A_KEY, &[key], format!("made {} payments: {ids:?}", ids.len()));
+    }
+}
+
+/// What ProcessPayment and CancelPayment were answered, and how often what was asked came true.
+fn check_commands(stored: &Stored, story: &Story, found: &mut Found) {
+    for (key, (call, _)) in &story.sends {
+        let (Call::Process { id } | Call::Cancel { id, .. }) = call else { continue };
+        let payment = stored.get(id).and_then(|reply| reply.payment.as_ref());
+        let Some(payment) = payment else { continue };
+        let status = payment.status();
+        let refunds: Vec<_> = payment.refunds.iter().filter(|r| r.reason == *key).collect();
+        found.unless(refunds.len() <= 1, I5_ONE_A_KEY, &[key, id], || {
+            format!("refunded {} times under one key", refunds.len())
+        });
+        let Some(ack) = story.acks.get(key).and_then(|acks| acks.first()) else { continue };
+        let answered = Status::try_from(ack.status).unwrap_or_default();
+        let fits =
+            answered == status || (answered == Status::Completed && status == Status::Refunded);
+        found.unless(fits, I1_ACKNOWLEDGED, &[key, id], || {
+            format!("was answered {}, is {}", answered.as_str_name(), status.as_str_name())
+        });
+        if let Some((refund, amount)) = &ack.refund {
+            let is_there = refunds.iter().any(|r| {
+                r.refund_id == *refund && r.amount.as_ref().is_some_and(|m| m.amount == *amount)
+            });
+            found.unless(is_there, I1_ACKNOWLEDGED, &[key, id], || {
+                format!("refund {refund} of {amount} is not there: {:?}", payment.refunds)
+            });
+        }
+    }
+}
+
+fn check_keys(stored: &Stored, story: &Story, found: &mut Found) {
+    for (key, acks) in &story.acks {
+        let first = &acks[0];
+        let same = acks
+            .iter()
+            .all(|ack| (&ack.id, &ack.hash, ack.status) == (&first.id, &first.hash, first.status));
+        found.unless(same, I5_ONE_A_KEY, &[key], || format!("answered differently: {acks:?}"));
+        let ran = acks.iter().filter(|ack| !ack.replayed).count();
+        found.unless(ran <= 1, I5_ONE_A_KEY, &[key], || format!("ran {ran} times"));
+    }
+    for (key, code) in &story.reused {
+        found.unless(*code == Code::AlreadyExists, I5_ONE_A_KEY, &[key], || {
+            format!("another request under its key was answered {code:?}")
+        });
+    }
+    for (key, code, message) in &story.refused {
+        let is_command = story.sends.get(key).is_some_and(|(call, _)| match call {
+            Call::Create(_) => false,
+            Call::Process { id } | Call::Cancel { id, .. } => stored.contains_key(id),
+        });
+        let is_documented = match code {
+            Code::FailedPrecondition => is_command,
+            Code::ResourceExhausted => true,
+            _ => false,
+        };
+        let invariant = match code {
+            Code::NotFound => I1_ACKNOWLEDGED,
+            Code::AlreadyExists => I5_ONE_A_KEY,
+            _ => ERRORS,
+        };
+        found.unless(is_documented, invariant, &[key], || format!("refused: {code:?} {message}"));
+    }
+}
+
+fn check_reads(stored: &Stored, story: &Story, found: &mut Found) {
+    let mut last: HashMap<&String, i64> = HashMap::new();
+    for (id, version, _) in &story.reads {
+        let before = last.insert(id, *version).unwrap_or(0);
+        found.unless(*version >= before, I6_FORWARD, &[id], || {
+            format!("read at version {version} after version {before}")
+        });
+    }
+    for (id, version) in last {
+        let now = stored.get(id).and_then(|reply| reply.payment.as_ref()).map(|p| p.version);
+        found.unless(now.is_none_or(|now| now >= version), I6_FORWARD, &[id], || {
+            format!("was read at version {version}, is at {now:?}")
+        });
+    }
+}
+
+/// A payment with all that was said of it.
+struct Case<'a> {
+    id: &'a str,
+    payment: &'a Payment,
+    deliveries: &'a [Delivery],
+    told: &'a [Told],
+    /// The delays of the services that its create was sent to.
+    timings: Vec<Timing>,
+    has_webhook: bool,
+}
+
+/// A change that others are told of.
+struct Change<'a> {
+    n: usize,
+    version: i64,
+    entry: &'a TimelineEntry,
+}
+
+impl<'a> Case<'a> {
+    fn of(reply: &'a GetPaymentIntentResponse, told: &'a Arrived, story: &Story) -> Self {
+        let payment = reply.payment.as_ref().expect("a reply has a payment");
+        let send = story.sends.get(&payment.reservation_id);
+        let has_webhook = matches!(send, Some((Call::Create(create), _)) if create.webhook);
+        let timings = send.map(|(_, sends)| sends.iter().map(|(_, timing)| *timing).collect());
+        Self {
+            id: &payment.payment_intent_id,
+            payment,
+            deliveries: &reply.deliveries,
+            told: told.by_payment.get(&payment.payment_intent_id).map_or(&[], Vec::as_slice),
+            timings: timings.unwrap_or_default(),
+            has_webhook,
+        }
+    }
+
+    fn check(&self, found: &mut Found) {
+        let changes = self.changes();
+        self.check_decision(&changes, found);
+        self.check_told(&changes, found);
+        self.check_repeats(&changes, found);
+        self.check_order(found);
+        self.check_sums(found);
+        self.check_times(&changes, found);
+    }
+
+    fn names(&self) -> [&str; 2] {
+        [self.id, &self.payment.reservation_id]
+    }
+
+    /// All changes but PROCESSING are told of, numbered from 1; each raises the version.
+    fn changes(&self) -> Vec<Change<'_>> {
+        let raises =
+            self.payment.timeline.iter().filter(|entry| {
+                matches!(entry.kind.as_str(), "status_changed" | "partially_refunded")
+            });
+        let numbered = raises.enumerate().map(|(i, entry)| (2 + i as i64, entry));
+        numbered
+            .filter(|(_, entry)| entry.status() != Status::Processing)
+            .enumerate()
+            .map(|(i, (version, entry))| Change { n: i + 1, version, entry })
+            .collect()
+    }
+
+    fn event_id(&self, n: usize) -> String {
+        format!("evt_{}_{n}", self.id.trim_start_matches("pi_"))
+    }
+
+    fn check_decision(&self, changes: &[Change<'_>], found: &mut Found) {
+        let names = self.names();
+        let decisions: Vec<_> = changes
+            .iter()
+            .filter(|change| change.entry.kind == "status_changed")
+            .map(|change| change.entry.status())
+            .filter(|status| *status != Status::Refunded)
+            .collect();
+        found.unless(decisions.len() == 1, I2_DECIDED_ONCE, &names, || {
+            format!("decided {} times: {decisions:?}", decisions.len())
+        });
+        let last = changes.last().map(|change| (change.version, change.entry.status()));
+        let now = (self.payment.version, self.payment.status());
+        found.unless(last == Some(now), I6_FORWARD, &names, || {
+            format!("its timeline ends at {last:?}, it is at {now:?}")
+        });
+        let told: BTreeSet<&str> = self
+            .told
+            .iter()
+            .map(|told| told.body.status.as_str())
+            .filter(|status| *status != Status::Refunded.as_str_name())
+            .collect();
+        let decided: BTreeSet<&str> = decisions.iter().map(|status| status.as_str_name()).collect();
+        found.unless(told.is_subset(&decided), I2_DECIDED_ONCE, &names, || {
+            format!("decided {decided:?}, told {told:?}")
+        });
+    }
+
+    fn check_told(&self, changes: &[Change<'_>], found: &mut Found) {
+        let names = self.names();
+        for change in changes {
+            let event_id = self.event_id(change.n);
+            let arrived = |channel| {
+                let mut all = self.told.iter();
+                all.any(move |told| {
+                    told.channel == channel
+                        && told.body.event_id == event_id
+                        && told.answer == Some(200)
+                })
+            };
+            let what = format!("n. {}, {}", change.n, change.entry.status().as_str_name());
+            let state = |channel| {
+                let bare = self.id.trim_start_matches("pi_");
+                let name = format!("dlv_{bare}_{}_{channel}", change.n);
+                let mut all = self.deliveries.iter();
+                all.find(|delivery| delivery.delivery_id == name).map(|d| d.state.as_str())
+            };
+            let event = state("event");
+            found.unless(event == Some("DELIVERED"), I3_TOLD, &names, || {
+                format!("{what}: its event is {event:?}")
+            });
+            found.unless(arrived.clone()(Channel::Event), I3_TOLD, &names, || {
+                format!("{what}: its event never arrived")
+            });
+            if !self.has_webhook {
+                continue;
+            }
+            let webhook = state("webhook");
+            found.unless(matches!(webhook, Some("DELIVERED" | "DEAD")), I3_TOLD, &names, || {
+                format!("{what}: its webhook is {webhook:?}")
+            });
+            let missed = webhook == Some("DELIVERED") && !arrived(Channel::Webhook);
+            found.unless(!missed, I3_TOLD, &names, || format!("{what}: its webhook never arrived"));
+        }
+    }
+
+    /// One id, one body, over both channels, and the body says what the timeline says.
+    fn check_repeats(&self, changes: &[Change<'_>], found: &mut Found) {
+        let names = self.names();
+        let mut bodies: BTreeMap<&str, &Told> = BTreeMap::new();
+        for told in self.told {
+            let id = told.body.event_id.as_str();
+            found.unless(told.id == id, I7_SAME_BYTES, &names, || {
+                format!("{:?} {} carries {id}", told.channel, told.id)
+            });
+            let first = *bodies.entry(id).or_insert(told);
+            found.unless(first.hash == told.hash, I7_SAME_BYTES, &names, || {
+                format!("{id} says {:?} and {:?}", first.body, told.body)
+            });
+        }
+        for (id, told) in bodies {
+            let change = changes.iter().find(|change| self.event_id(change.n) == id);
+            let Some(change) = change else {
+                found.add(I4_NO_PHANTOM, &names, format!("{id} tells of no change"));
+                continue;
+            };
+            let body = &told.body;
+            let says = (body.version, body.status.as_str(), body.reservation_id.as_str());
+            let is = (
+                change.version,
+                change.entry.status().as_str_name(),
+                self.payment.reservation_id.as_str(),
+            );
+            found.unless(says == is, I2_DECIDED_ONCE, &names, || {
+                format!("{id} says {says:?}, the timeline {is:?}")
+            });
+        }
+    }
+
+    /// The first arrivals of a channel come in the order of the changes.
+    fn check_order(&self, found: &mut Found) {
+        for channel in [Channel::Event, Channel::Webhook] {
+            let mut seen = HashSet::new();
+            let told = self.told.iter().filter(|told| told.channel == channel);
+            let first: Vec<_> = told
+                .filter(|told| seen.insert(&told.body.event_id))
+                .map(|told| told.body.version)
+                .collect();
+            found.unless(first.is_sorted(), I6_FORWARD, &self.names(), || {
+                format!("{channel:?}s came in the order of versions {first:?}")
+            });
+        }
+    }
+
+    fn check_sums(&self, found: &mut Found) {
+        let amount = |money: &Option<_>| money.as_ref().map_or(0, money_amount);
+        let sum: i64 = self.payment.refunds.iter().map(|refund| amount(&refund.amount)).sum();
+        let (refunded, all) = (amount(&self.payment.refunded_amount), amount(&self.payment.amount));
+        let is_refunded = self.payment.status() == Status::Refunded;
+        let adds_up = sum == refunded && sum <= all && is_refunded == (sum == all);
+        found.unless(adds_up, I8_SUMS, &self.names(), || {
+            format!("refunds of {sum}, refunded {refunded} of {all}, {:?}", self.payment.status())
+        });
+        let ids: HashSet<_> = self.payment.refunds.iter().map(|refund| &refund.refund_id).collect();
+        found.unless(ids.len() == self.payment.refunds.len(), I8_SUMS, &self.names(), || {
+            "two refunds have one id".into()
+        });
+    }
+
+    fn check_times(&self, changes: &[Change<'_>], found: &mut Found) {
+        let names = self.names();
+        for change in changes {
+            let event_id = self.event_id(change.n);
+            for told in self.told.iter().filter(|told| told.body.event_id == event_id) {
+                found.unless(told.at >= ms(&change.entry.at), I9_IN_TIME, &names, || {
+                    format!("{event_id} was told at {}, before it was", told.at)
+                });
+            }
+        }
+        let Some(first) = changes.first() else { return };
+        let earliest = |of: fn(&Timing) -> u64| {
+            let least = self.timings.iter().map(of).min().unwrap_or(0);
+            ms(&self.payment.created_at) + i64::try_from(least).expect("small")
+        };
+        let (due, what) = match self.payment.scenario() {
+            Scenario::Approve | Scenario::Fail | Scenario::Random => {
+                let told = self.told.iter().filter(|t| t.body.event_id == self.event_id(1));
+                (earliest(|timing| timing.delay_ms), told.map(|told| told.at).min())
+            }
+            _ if first.entry.cause != "scenario" => return,
+            Scenario::Delay => (earliest(|timing| timing.delay_ms), Some(ms(&first.entry.at))),
+            Scenario::Timeout => (earliest(|timing| timing.settle_ms), Some(ms(&first.entry.at))),
+            Scenario::Manual => (earliest(|timing| timing.ttl_ms), Some(ms(&first.entry.at))),
+            Scenario::Unspecified => return,
+        };
+        found.unless(what.is_none_or(|at| at >= due), I9_IN_TIME, &names, || {
+            format!("due at {due}, came at {what:?}")
+        });
+        let cancelled = first.entry.status() == Status::Cancelled;
+        found.unless(!cancelled || changes.len() == 1, I9_IN_TIME, &names, || {
+            "changed after it was cancelled".into()
+        });
+    }
+}
+
+fn money_amount(money: &payment_sim::api::pb::common::v1::Money) -> i64 {
+    money.amount
+}
+
+fn ms(at: &Option<Timestamp>) -> i64 {
+    at.as_ref().map_or(0, |at| at.seconds * 1_000 + i64::from(at.nanos) / 1_000_000)
+}
+
+/// Sends keys again: what was acknowledged answers the same, and what was stored without being
+/// acknowledged answers with what was stored.
+async fn check_replays(
+    driver: &Arc<Driver>,
+    story: &Story,
+    stored: &Stored,
+    timing: Timing,
+    chance: &mut Chance,
+    found: &mut Found,
+) {
+    let owner: HashMap<&str, &str> = stored
+        .iter()
+        .filter_map(|(id, reply)| Some((reply.payment.as_ref()?.reservation_id.as_str(), id)))
+        .map(|(key, id)| (key, id.as_str()))
+        .collect();
+    let mut keys: Vec<&String> = story.sends.keys().collect();
+    keys.sort();
+    let acked: Vec<&String> =
+        keys.iter().filter(|key| story.acks.contains_key(**key)).copied().collect();
+    let unacked: Vec<&String> = keys
+        .iter()
+        .filter(|key| !story.acks.contains_key(**key) && owner.contains_key(key.as_str()))
+        .copied()
+        .collect();
+    for from in [acked, unacked] {
+        let count = from.len().min(REPLAYS);
+        for i in 0..count {
+            let key = if from.len() <= REPLAYS { from[i] } else { chance.pick(&from) };
+            let (call, _) = &story.sends[key];
+            let expected = story.acks.get(key).and_then(|acks| acks.first());
+            match driver.send(driver.client(0), key, call, timing).await {
+                Ok(ack) => {
+                    let same = match expected {
+                        Some(first) => (&ack.id, &ack.hash) == (&first.id, &first.hash),
+                        None => owner.get(key.as_str()) == Some(&ack.id.as_str()),
+                    };
+                    found.unless(same && ack.replayed, I5_ONE_A_KEY, &[key], || {
+                        format!("answered {ack:?} instead of {expected:?}")
+                    });
+                }
+                Err(status) => {
+                    found.add(I5_ONE_A_KEY, &[key], format!("sent again, it is refused: {status}"));
+                }
+            }
+        }
+    }
+}
