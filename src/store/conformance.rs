@@ -252,9 +252,15 @@ async fn replies_are_given_back_and_lapse(bed: Bed) {
     assert_eq!(commit_one(&**store, reply(2, b"two")).await, Err(StoreError::KeyConflict));
     bed.clock.advance(DAY + Duration::from_millis(1));
     assert_eq!(store.remembered(KeyHash([9; 16]), bed.now()).await, Ok(None));
-    let upkeep = Arc::clone(store);
-    tokio::task::spawn_blocking(move || upkeep.upkeep()).await.unwrap();
+    let round = || {
+        let store = Arc::clone(store);
+        async { tokio::task::spawn_blocking(move || store.upkeep()).await.unwrap() }
+    };
     assert!(matches!(commit_one(&**store, reply(2, b"two")).await, Ok(Committed::Done(_))));
+    round().await;
+    let known = Remembered::Replied { request: RequestHash([2; 16]), bytes: b"two".to_vec() };
+    let kept = store.remembered(KeyHash([9; 16]), bed.now()).await;
+    assert_eq!(kept, Ok(Some(known)), "the sweep of the old reply spares the new one");
 }
 
 async fn due_work_is_handed_out_once(bed: Bed) {

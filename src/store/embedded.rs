@@ -273,6 +273,12 @@ impl Shared {
         record::read_created(&bytes).ok().map(|(_, id)| id)
     }
 
+    /// When the reply under a key was stored.
+    pub fn replied_at(&self, key: KeyHash) -> Option<Timestamp> {
+        let bytes = self.read(Table::Reply, &key.0).ok().flatten()?;
+        record::read_reply(&bytes).ok().map(|(_, at, _)| at)
+    }
+
     /// The names under which a payment is listed, hashed.
     pub fn index_names(&self, terms: &Terms) -> [[u8; 8]; 2] {
         [self.user_name(&terms.user_id), self.reservation_name(&terms.reservation_id)]

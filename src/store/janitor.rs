@@ -18,7 +18,7 @@ use super::{
     embedded::Shared,
     record,
     tables::{Span, Table},
-    writer::Job,
+    writer::{AbortOnPanic, Job},
 };
 use crate::{
     clock::{Clock, Stopwatch},
@@ -46,6 +46,8 @@ struct Work {
     marked: AtomicU64,
     /// Where the oldest surviving payment may be: below it there is nothing but tombstones.
     oldest: Mutex<Option<PaymentId>>,
+    /// Replies that lapsed before this are gone: below it there is nothing but tombstones.
+    lapsed_to: Mutex<Timestamp>,
 }
 
 pub struct Janitor {
@@ -70,12 +72,15 @@ impl Janitor {
             noted: AtomicU64::new(sequence),
             marked: AtomicU64::new(sequence),
             oldest: Mutex::new(None),
+            lapsed_to: Mutex::default(),
         });
         work.watch_space();
         let (stop, stopped) = sync_mpsc::channel();
         let rounds = Arc::clone(&work);
         let thread =
             std::thread::Builder::new().name("store-janitor".to_owned()).spawn(move || {
+                // Without upkeep the disk fills unseen: end at once instead.
+                let _abort = AbortOnPanic;
                 while stopped.recv_timeout(ROUND_EVERY) == Err(sync_mpsc::RecvTimeoutError::Timeout)
                 {
                     rounds.round();
@@ -229,19 +234,22 @@ impl Work {
     }
 
     fn lapse(&self, now: Timestamp) -> Result<(), StoreError> {
+        let key = |at| record::timed_key(at, &[0; 16]);
+        let from = *self.lapsed_to.lock().unwrap_or_else(PoisonError::into_inner);
         loop {
             let mut keys = Vec::new();
-            let to = Bound::Excluded(record::timed_key(now, &[0; 16]));
-            let span = Span::forwards(Bound::Unbounded, to);
+            let span = Span::forwards(Bound::Included(key(from)), Bound::Excluded(key(now)));
             self.shared.scan(Table::Lapse, span, &mut |key, _| {
                 keys.push(key.to_vec());
                 if keys.len() == CHUNK { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
             })?;
             if keys.is_empty() {
-                return Ok(());
+                break;
             }
             self.run(|answer| Job::Lapse { keys, answer })?;
         }
+        *self.lapsed_to.lock().unwrap_or_else(PoisonError::into_inner) = now;
+        Ok(())
     }
 
     fn run(&self, job: impl FnOnce(oneshot::Sender<usize>) -> Job) -> Result<usize, StoreError> {

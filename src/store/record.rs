@@ -6,7 +6,7 @@ use serde::{Serialize, de::DeserializeOwned};
 
 use super::{Revision, StoreError, Versioned};
 use crate::domain::{
-    ids::{KeyHash, PaymentId, RequestHash},
+    ids::{PaymentId, RequestHash},
     payment::{Payment, Progress, Terms},
     time::Timestamp,
 };
@@ -112,8 +112,4 @@ pub fn number(bytes: &[u8]) -> Result<u64, StoreError> {
 pub fn id(key: &[u8]) -> Result<PaymentId, StoreError> {
     let bytes = key.try_into().map_err(|_| StoreError::Corrupt("id: not 16 bytes".to_owned()))?;
     Ok(PaymentId::from_bytes(bytes))
-}
-
-pub const fn key_hash(bytes: [u8; 16]) -> KeyHash {
-    KeyHash(bytes)
 }

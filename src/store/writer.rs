@@ -93,14 +93,13 @@ impl Writer {
     /// Runs until closed, until every handle to the store is gone, or until a commit fails.
     pub fn run(mut self) {
         // A panic here would leave callers without an answer and the store half known: end at once.
-        let abort = AbortOnPanic;
+        let _abort = AbortOnPanic;
         let mut jobs = Vec::with_capacity(JOBS_MAX);
         while self.jobs.blocking_recv_many(&mut jobs, JOBS_MAX) > 0 {
             if !self.batch(&mut jobs) {
                 break;
             }
         }
-        std::mem::forget(abort);
     }
 
     /// False: no more batches.
@@ -120,7 +119,7 @@ impl Writer {
                     counts.push((answer, self.stage_drops(&mut stage, payments)));
                 }
                 Job::Lapse { keys, answer } => {
-                    counts.push((answer, stage_lapses(&mut stage, keys)));
+                    counts.push((answer, self.stage_lapses(&mut stage, keys)));
                 }
                 Job::Load { from, to, answer } => {
                     let _ = answer.send(self.shared.load(from, to));
@@ -275,6 +274,21 @@ impl Writer {
         Ok(self.shared.read(Table::Payment, id.bytes())?.map(|_| Revision(0)))
     }
 
+    fn stage_lapses(&self, stage: &mut Stage, keys: Vec<Vec<u8>>) -> usize {
+        let count = keys.len();
+        for lapse in keys {
+            // A key that has lapsed may have been used again before its old reply was swept away.
+            if let Ok((at, key)) = record::read_timed_key(&lapse)
+                && !stage.keys.contains_key(&KeyHash(key))
+                && self.shared.replied_at(KeyHash(key)).is_some_and(|replied| replied < at)
+            {
+                stage.batch.delete(Table::Reply, key);
+            }
+            stage.batch.delete(Table::Lapse, lapse);
+        }
+        count
+    }
+
     /// Drops what has not changed since it was judged: its record, its place in lists, and its create's
     /// key unless a newer payment has taken that.
     fn stage_drops(&self, stage: &mut Stage, payments: Vec<super::Versioned>) -> usize {
@@ -341,19 +355,6 @@ fn key_of(change: Option<&Change>, reply: Option<&Reply>) -> Option<(Idempotency
     }
 }
 
-fn stage_lapses(stage: &mut Stage, keys: Vec<Vec<u8>>) -> usize {
-    let count = keys.len();
-    for lapse in keys {
-        if let Ok((_, key)) = record::read_timed_key(&lapse)
-            && !stage.keys.contains_key(&record::key_hash(key))
-        {
-            stage.batch.delete(Table::Reply, key);
-        }
-        stage.batch.delete(Table::Lapse, lapse);
-    }
-    count
-}
-
 fn answer(waiting: Waiting) {
     for (to, answers) in waiting {
         // Nobody may be waiting any more; what was committed stays so.
@@ -361,11 +362,14 @@ fn answer(waiting: Waiting) {
     }
 }
 
-struct AbortOnPanic;
+/// Ends the process when its thread unwinds: the store does not go on with a part of itself gone.
+pub struct AbortOnPanic;
 
 impl Drop for AbortOnPanic {
     fn drop(&mut self) {
-        std::process::abort();
+        if std::thread::panicking() {
+            std::process::abort();
+        }
     }
 }
 
