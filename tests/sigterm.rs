@@ -4,7 +4,7 @@
 mod support;
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     error::Error,
     io::Read,
     sync::{
@@ -104,7 +104,7 @@ struct Calls {
     /// With the payment that they made.
     acked: BTreeMap<String, String>,
     /// Broken off, or turned away by a service that is going: may be sent again.
-    open: Vec<String>,
+    open: BTreeSet<String>,
     refused: Vec<String>,
 }
 
@@ -115,26 +115,35 @@ struct Shared {
 }
 
 impl Shared {
-    fn note(&self, key: String, reply: Result<String, Status>) {
+    /// Whether it is acknowledged.
+    fn note(&self, key: String, reply: Result<String, Status>) -> bool {
         let mut calls = self.calls.lock().unwrap_or_else(PoisonError::into_inner);
         match reply {
             Ok(id) => {
                 self.acks.fetch_add(1, Ordering::Relaxed);
+                calls.open.remove(&key);
                 calls.acked.insert(key, id);
+                return true;
             }
-            Err(status) if may_be_sent_again(&status) => calls.open.push(key),
+            Err(status) if may_be_sent_again(&status) => drop(calls.open.insert(key)),
             Err(status) => calls.refused.push(format!("{key}: {status:?}")),
         }
+        false
     }
 }
 
-/// UNAVAILABLE, or a request that hyper's client had not yet sent when its connection closed, for which
-/// tonic has another code.
+/// UNAVAILABLE, or a request that never ran: hyper's client had not sent it when its connection closed,
+/// or it came after the stream that GOAWAY names as the last. tonic has other codes for these.
 fn may_be_sent_again(status: &Status) -> bool {
     let mut causes = std::iter::successors(status.source(), |&error| error.source());
-    let was_never_sent = causes
-        .any(|error| error.downcast_ref::<hyper::Error>().is_some_and(hyper::Error::is_canceled));
-    status.code() == Code::Unavailable || was_never_sent
+    let never_ran = causes.any(|error| {
+        let unsent = error.downcast_ref::<hyper::Error>().is_some_and(|error| error.is_canceled());
+        let after_goaway = error.downcast_ref::<h2::Error>().is_some_and(|error| {
+            error.is_go_away() && error.is_remote() && error.reason() == Some(h2::Reason::NO_ERROR)
+        });
+        unsent || after_goaway
+    });
+    status.code() == Code::Unavailable || never_ran
 }
 
 struct Callers {
@@ -162,23 +171,20 @@ impl Callers {
     }
 }
 
-/// Creates without a pause. After the first that fails it goes on: a service that is draining must not
-/// refuse for good, however often it is asked.
+/// Creates without a pause, each until it is acknowledged: a service that is draining must not refuse
+/// for good, however often it is asked.
 async fn call_until_it_is_gone(
     client: Client,
     task: usize,
     shared: Arc<Shared>,
     stop: CancellationToken,
 ) {
-    for n in 0.. {
-        if stop.is_cancelled() {
-            return;
-        }
+    let mut n = 0;
+    while !stop.is_cancelled() {
         let key = format!("sigterm-{task}-{n}");
-        let reply = create(client.clone(), &key).await;
-        let is_lost = reply.is_err();
-        shared.note(key, reply);
-        if is_lost {
+        if shared.note(key.clone(), create(client.clone(), &key).await) {
+            n += 1;
+        } else {
             // It is going: asking faster shows no more.
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
