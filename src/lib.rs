@@ -35,4 +35,5 @@ pub mod metrics;
 pub mod ops;
 pub mod runtime;
 pub mod server;
+pub mod service;
 pub mod telemetry;

@@ -20,48 +20,30 @@ use tokio::{
     task::JoinSet,
 };
 use tokio_util::sync::CancellationToken;
-use tonic_health::{ServingStatus, server::HealthReporter};
+use tonic_health::ServingStatus;
 
 use crate::{
-    api::{self, grpc::Payments},
-    app::{self, App},
-    clock::{Clock, Stopwatch, SystemClock},
-    config::{Config, EventSink, StoreUrl},
-    courier::{
-        Courier, EventBridgeCourier, LogCourier, WebhookCourier,
-        aws::{self, AwsSettings},
-        log,
-        webhook::WebhookSettings,
-    },
-    domain::{
-        delivery::RetryPolicy,
-        scenario::{self, Scenario},
-        signature::Signer,
-        time::Timestamp,
-    },
+    api::grpc::Payments,
+    clock::Stopwatch,
+    config::Config,
     driver::{self, Step},
-    edge::{Edge, EdgeLimits},
-    metrics::{Metrics, OutboxDepth},
+    edge::Edge,
+    metrics::Metrics,
     ops::{self, Phase, Report, StoreCondition},
-    outbox::{Events, Finisher, Policies, Shared, WebhookLimits, Webhooks},
-    scheduler::Scheduler,
     server::{self, Limits, Server},
-    store::{self, Health, Location, Retention, Store, Work},
+    service::{Failed, Service, Surroundings},
+    store::{Health, Store},
 };
 
-/// The payment service's name in `grpc.health.v1`; "" is the whole server.
-const SERVICES: [&str; 2] = ["", "payment.v1.PaymentService"];
 /// Threads for everything that serves no gRPC: deliveries, timers, ops.
 const BACKGROUND_THREADS: usize = 2;
 /// Attempts in flight at the end may take so long; what they carry stays owed.
 const ATTEMPTS_GRACE: Duration = Duration::from_secs(8);
 /// From the signal to the end, whatever hangs.
 const STOP_MAX: Duration = Duration::from_secs(29);
-/// sysexits.h: EX_SOFTWARE, EX_IOERR, EX_CONFIG, EX_UNAVAILABLE.
+/// sysexits.h: EX_SOFTWARE, EX_IOERR.
 const EXIT_SOFTWARE: u8 = 70;
 const EXIT_STORE_FAILED: u8 = 74;
-const EXIT_CONFIG: u8 = 78;
-const EXIT_UNAVAILABLE: u8 = 69;
 /// As shells report an interrupt: the second signal asks for an end at once.
 const EXIT_INTERRUPTED: i32 = 130;
 
@@ -84,6 +66,15 @@ impl Listeners {
         let grpc = bind(config.grpc_port, config.runtime_threads)?;
         let ops = bind(config.ops_port, 1)?.pop().expect("one listener was asked for");
         Ok(Self { grpc, ops })
+    }
+
+    /// Where gRPC and ops listen, with the ports that the system chose where 0 was asked for.
+    ///
+    /// # Errors
+    /// The system's, which knows why.
+    pub fn addresses(&self) -> io::Result<(SocketAddr, SocketAddr)> {
+        let grpc = self.grpc.first().ok_or(io::ErrorKind::NotConnected)?;
+        Ok((grpc.local_addr()?, self.ops.local_addr()?))
     }
 }
 
@@ -113,195 +104,107 @@ async fn serve(config: &Config, listeners: Listeners) -> ExitCode {
         tracing::error!("signals cannot be listened to");
         return ExitCode::from(EXIT_SOFTWARE);
     };
-    let status = Arc::new(ProcessStatus::new());
-    let mut tasks = Tasks::default();
-    let ops_end = CancellationToken::new();
-    let ops_server = Server::new(Limits::ops());
-    let ops_service = ops::service(Arc::clone(&status) as Arc<dyn Report>);
-    let (ops_listener, end) = (listeners.ops, ops_end.clone());
-    tasks.start("ops", async move {
-        if let Err(error) = ops_server.serve_http(ops_listener, ops_service, end).await {
-            tracing::error!(%error, "the ops port cannot be served");
-        }
-    });
-    let mut service = match Service::build(config, &status).await {
-        Ok(service) => service,
+    let started = Running::start(config, listeners, Surroundings::of_this_machine()).await;
+    let mut running = match started {
+        Ok(running) => running,
         Err((code, why)) => {
             tracing::error!("{why}");
             return ExitCode::from(code);
         }
     };
-    service.start_loops(&mut tasks);
-    service.start_grpc(&mut tasks, config, listeners.grpc);
-    service.announce(ServingStatus::Serving).await;
-    status.set(Phase::Serving);
-    tracing::info!(
-        grpc_port = config.grpc_port,
-        ops_port = config.ops_port,
-        bind_address = %config.bind_address,
-        store = ?config.store,
-        event_sink = config.events.sink.as_str(),
-        "ready"
-    );
-    let ended = tokio::select! {
-        name = signals.next() => Why::Signal(name),
-        () = service.store.failed() => Why::StoreFailed,
-        name = tasks.ended() => Why::TaskEnded(name),
-    };
-    let code = match ended {
-        Why::Signal(name) => {
+    let code = tokio::select! {
+        name = signals.next() => {
             tracing::info!(signal = name, "draining");
-            signals.insist();
             0
         }
-        // Nothing may be acknowledged or told any more: the next start recovers.
-        Why::StoreFailed => return ExitCode::from(EXIT_STORE_FAILED),
-        Why::TaskEnded(name) => {
-            tracing::error!(task = name, "a task ended that never should");
-            EXIT_SOFTWARE
-        }
+        ended = running.ended() => match ended {
+            // Nothing may be acknowledged or told any more: the next start recovers.
+            Ended::StoreFailed => return ExitCode::from(EXIT_STORE_FAILED),
+            Ended::Task(name) => {
+                tracing::error!(task = name, "a task ended that never should");
+                EXIT_SOFTWARE
+            }
+        },
     };
-    status.set(Phase::Draining);
-    service.stop(config.drain_delay, tasks, &ops_end).await;
+    signals.insist();
+    end_anyway_after(STOP_MAX);
+    running.stop().await;
     tracing::info!("stopped");
     ExitCode::from(code)
 }
 
-/// Why the service stops.
-enum Why {
-    Signal(&'static str),
+/// Why a service ends without having been asked to.
+#[derive(Debug)]
+pub enum Ended {
     StoreFailed,
-    TaskEnded(&'static str),
+    Task(&'static str),
 }
 
-/// Everything that serves payments.
-struct Service {
-    store: Arc<dyn Store>,
-    clock: Arc<dyn Clock>,
-    scheduler: Arc<Scheduler>,
-    events: Option<Arc<Events>>,
-    webhooks: Arc<Webhooks>,
-    /// Until it is started.
-    finisher: Option<Finisher>,
-    edge: Edge<Payments>,
-    health: HealthReporter,
-    /// Stops leasing.
-    work_end: CancellationToken,
-    /// Stops accepting, and ends held calls.
-    grpc_end: CancellationToken,
+/// A service with all that runs for it. It needs a runtime with timer and I/O around it; gRPC brings
+/// threads of its own.
+pub struct Running {
+    service: Service,
+    tasks: Tasks,
+    status: Arc<ProcessStatus>,
+    drain_delay: Duration,
+    /// Comes last of all: readiness is asked for until the end.
+    ops_end: CancellationToken,
 }
 
-type Failed = (u8, String);
-
-impl Service {
-    async fn build(config: &Config, status: &Arc<ProcessStatus>) -> Result<Self, Failed> {
-        let metrics = Arc::clone(&status.metrics);
-        let clock: Arc<dyn Clock> = Arc::new(SystemClock);
-        let store = open_store(config, &clock, &metrics).await?;
-        watch_outbox(&metrics, &store, &clock);
-        status.opened(&store);
-        let settings = app::Settings {
-            scenario: scenario_settings(config),
-            events: config.events.sink != EventSink::None,
-        };
-        let shared = Shared {
-            store: Arc::clone(&store),
-            clock: Arc::clone(&clock),
-            metrics: Arc::clone(&metrics),
-        };
-        let app = App::new(Arc::clone(&store), Arc::clone(&clock), Arc::clone(&metrics), settings);
-        let (finisher, done) = Finisher::new(shared.clone(), policies(config), Arc::new(chance));
-        let events = match events_courier(config).await? {
-            None => None,
-            Some(courier) => {
-                let sink = config.events.sink.as_str();
-                Some(Arc::new(Events::new(shared.clone(), courier, sink, done.clone())))
-            }
-        };
-        let limits = WebhookLimits {
-            concurrency: config.webhook.concurrency,
-            origin_concurrency: config.webhook.origin_concurrency,
-        };
-        let webhooks = Webhooks::new(shared, webhook_courier(config)?, limits, done);
-        let grpc_end = CancellationToken::new();
-        let (health, health_server) = tonic_health::server::health_reporter();
-        let payments = Payments::new(Arc::new(app), config.public_url.clone(), grpc_end.clone());
-        let edge_limits = EdgeLimits { max_in_flight: config.max_in_flight, ..Default::default() };
-        let routes = api::routes(health_server);
-        Ok(Self {
-            edge: Edge::new(payments, routes, edge_limits, Arc::clone(&metrics) as _),
-            scheduler: Arc::new(Scheduler {
-                store: Arc::clone(&store),
-                clock: Arc::clone(&clock),
-                metrics: Arc::clone(&metrics),
-            }),
-            events,
-            webhooks: Arc::new(webhooks),
-            finisher: Some(finisher),
-            store,
-            clock,
-            health,
-            work_end: CancellationToken::new(),
-            grpc_end,
-        })
+impl Running {
+    /// Ops first, so that a store that takes its time to open is seen to be opening.
+    ///
+    /// # Errors
+    /// With what the process should exit with, when a part cannot be made.
+    pub async fn start(
+        config: &Config,
+        listeners: Listeners,
+        surroundings: Surroundings,
+    ) -> Result<Self, Failed> {
+        let status = Arc::new(ProcessStatus::new());
+        let mut tasks = Tasks::default();
+        let ops_end = CancellationToken::new();
+        start_ops(&mut tasks, listeners.ops, &status, &ops_end);
+        let limits = Limits::default().drawn((surroundings.chance)());
+        let mut service = Service::build(config, surroundings, &status.metrics).await?;
+        status.opened(&service.store);
+        start_loops(&mut tasks, &mut service);
+        start_grpc(&mut tasks, &service, limits, listeners.grpc);
+        service.announce(ServingStatus::Serving).await;
+        status.set(Phase::Serving);
+        tracing::info!(
+            grpc_port = config.grpc_port,
+            ops_port = config.ops_port,
+            bind_address = %config.bind_address,
+            store = ?config.store,
+            event_sink = config.events.sink.as_str(),
+            "ready"
+        );
+        Ok(Self { service, tasks, status, drain_delay: config.drain_delay, ops_end })
     }
 
-    fn start_loops(&mut self, tasks: &mut Tasks) {
-        self.start_loop(tasks, "scheduler", Arc::clone(&self.scheduler) as _);
-        self.start_loop(tasks, "webhooks", Arc::clone(&self.webhooks) as _);
-        if let Some(events) = &self.events {
-            self.start_loop(tasks, "events", Arc::clone(events) as _);
-        }
-        if let Some(finisher) = self.finisher.take() {
-            tasks.start("finisher", finisher.run());
-        }
+    pub fn store(&self) -> &Arc<dyn Store> {
+        &self.service.store
     }
 
-    fn start_loop(&self, tasks: &mut Tasks, name: &'static str, step: Arc<dyn Step>) {
-        let (store, clock) = (Arc::clone(&self.store), Arc::clone(&self.clock));
-        let end = self.work_end.clone();
-        tasks.start(name, async move { driver::drive(&*step, store, clock, end).await });
-    }
-
-    /// One thread with a runtime of its own for each listener: a connection never leaves its core.
-    fn start_grpc(&self, tasks: &mut Tasks, config: &Config, listeners: Vec<TcpListener>) {
-        let limits = Limits::default().drawn(chance());
-        let server = Server::new(limits);
-        for listener in listeners {
-            let (server, edge, end) = (server.clone(), self.edge.clone(), self.grpc_end.clone());
-            let (ended, wait) = oneshot::channel();
-            let thread = thread::Builder::new().name("grpc".to_owned()).spawn(move || {
-                if let Err(error) = serve_listener(&server, listener, &edge, end) {
-                    tracing::error!(%error, "the gRPC port cannot be served");
-                }
-                // The other side is gone only when the process ends.
-                let _ = ended.send(());
-            });
-            if let Err(error) = thread {
-                tracing::error!(%error, "no thread for gRPC");
-            }
-            tasks.start("grpc", async move {
-                let _ = wait.await;
-            });
-        }
-        tracing::debug!(threads = config.runtime_threads, "gRPC threads started");
-    }
-
-    async fn announce(&self, status: ServingStatus) {
-        for service in SERVICES {
-            self.health.set_service_status(service, status).await;
+    /// Resolves only when something is wrong.
+    pub async fn ended(&mut self) -> Ended {
+        tokio::select! {
+            () = self.service.store.failed() => Ended::StoreFailed,
+            name = self.tasks.ended() => Ended::Task(name),
         }
     }
 
     /// Not ready → out of rotation → no new connections, no new leases → what is in flight → close.
-    async fn stop(self, delay: Duration, mut tasks: Tasks, ops_end: &CancellationToken) {
-        end_anyway_after(STOP_MAX);
-        self.announce(ServingStatus::NotServing).await;
-        tokio::time::sleep(delay).await;
-        self.grpc_end.cancel();
-        self.work_end.cancel();
+    pub async fn stop(self) {
+        let Self { service, mut tasks, status, drain_delay, ops_end } = self;
+        status.set(Phase::Draining);
+        service.announce(ServingStatus::NotServing).await;
+        tokio::time::sleep(drain_delay).await;
+        service.grpc_end.cancel();
+        service.work_end.cancel();
         tasks.join(&["grpc", "scheduler", "webhooks", "events"]).await;
-        let Self { webhooks, events, store, .. } = self;
+        let Service { webhooks, events, store, .. } = service;
         if tokio::time::timeout(ATTEMPTS_GRACE, webhooks.drain()).await.is_err() {
             tracing::warn!("webhooks in flight were left; they are still owed");
         }
@@ -316,118 +219,71 @@ impl Service {
     }
 }
 
+fn start_ops(
+    tasks: &mut Tasks,
+    listener: TcpListener,
+    status: &Arc<ProcessStatus>,
+    end: &CancellationToken,
+) {
+    let server = Server::new(Limits::ops());
+    let service = ops::service(Arc::clone(status) as Arc<dyn Report>);
+    let end = end.clone();
+    tasks.start("ops", async move {
+        if let Err(error) = server.serve_http(listener, service, end).await {
+            tracing::error!(%error, "the ops port cannot be served");
+        }
+    });
+}
+
+fn start_loops(tasks: &mut Tasks, service: &mut Service) {
+    start_loop(tasks, service, "scheduler", Arc::clone(&service.scheduler) as _);
+    start_loop(tasks, service, "webhooks", Arc::clone(&service.webhooks) as _);
+    if let Some(events) = &service.events {
+        start_loop(tasks, service, "events", Arc::clone(events) as _);
+    }
+    if let Some(finisher) = service.finisher.take() {
+        tasks.start("finisher", finisher.run());
+    }
+}
+
+fn start_loop(tasks: &mut Tasks, service: &Service, name: &'static str, step: Arc<dyn Step>) {
+    let (store, clock) = (Arc::clone(&service.store), Arc::clone(&service.clock));
+    let end = service.work_end.clone();
+    tasks.start(name, async move { driver::drive(&*step, store, clock, end).await });
+}
+
+/// One thread with a runtime of its own for each listener: a connection never leaves its core.
+fn start_grpc(tasks: &mut Tasks, service: &Service, limits: Limits, listeners: Vec<TcpListener>) {
+    let server = Server::new(limits);
+    tracing::debug!(threads = listeners.len(), "starting gRPC threads");
+    for listener in listeners {
+        let (server, edge, end) = (server.clone(), service.edge.clone(), service.grpc_end.clone());
+        let (ended, wait) = oneshot::channel();
+        let thread = thread::Builder::new().name("grpc".to_owned()).spawn(move || {
+            if let Err(error) = serve_listener(&server, listener, edge, end) {
+                tracing::error!(%error, "the gRPC port cannot be served");
+            }
+            // The other side is gone only when the process ends.
+            let _ = ended.send(());
+        });
+        if let Err(error) = thread {
+            tracing::error!(%error, "no thread for gRPC");
+        }
+        tasks.start("grpc", async move {
+            let _ = wait.await;
+        });
+    }
+}
+
+/// Ends with nothing left of its connections, nor of `edge` and the store behind it.
 fn serve_listener(
     server: &Server,
     listener: TcpListener,
-    edge: &Edge<Payments>,
+    edge: Edge<Payments>,
     end: CancellationToken,
 ) -> io::Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(server.serve_grpc(listener, |ending| edge.connection(ending), end))
-}
-
-async fn open_store(
-    config: &Config,
-    clock: &Arc<dyn Clock>,
-    metrics: &Arc<Metrics>,
-) -> Result<Arc<dyn Store>, Failed> {
-    let location = match &config.store {
-        StoreUrl::File(path) => Location::Folder(path.clone()),
-        StoreUrl::Memory => Location::Memory,
-    };
-    let (committed, dropped) = (Arc::clone(metrics), Arc::clone(metrics));
-    let options = store::Options {
-        retention: Retention {
-            payments: config.retention,
-            idempotency: config.idempotency_ttl,
-            payments_max: config.retention_max_payments,
-        },
-        clock: Arc::clone(clock),
-        on_commit: Arc::new(move |batch, took| committed.store_committed(batch, took)),
-        on_dropped_early: Arc::new(move |n| dropped.payments_dropped_early(n)),
-    };
-    let opened = tokio::task::spawn_blocking(move || store::open(&location, options)).await;
-    match opened {
-        Ok(Ok(store)) => Ok(store),
-        Ok(Err(error)) => Err((EXIT_UNAVAILABLE, format!("the store cannot be opened: {error}"))),
-        Err(error) => Err((EXIT_SOFTWARE, format!("the store cannot be opened: {error}"))),
-    }
-}
-
-fn watch_outbox(metrics: &Metrics, store: &Arc<dyn Store>, clock: &Arc<dyn Clock>) {
-    let (store, clock) = (Arc::clone(store), Arc::clone(clock));
-    metrics.read_outbox_from(move || {
-        let now = Timestamp::from_ms(clock.now_ms());
-        let depth = |channel, work| {
-            let backlog = store.backlog(work);
-            let oldest_age = backlog.oldest.map_or(Duration::ZERO, |due| now.since(due));
-            OutboxDepth { channel, pending: backlog.pending as u64, oldest_age }
-        };
-        vec![depth("event", Work::Event), depth("webhook", Work::Webhook)]
-    });
-}
-
-fn scenario_settings(config: &Config) -> scenario::Settings {
-    scenario::Settings {
-        default_scenario: Scenario::parse(config.default_scenario.as_str())
-            .expect("the configuration knows the same six scenarios"),
-        default_delay: config.default_delay,
-        timeout_settle: config.timeout_settle,
-        manual_ttl: config.manual_ttl,
-        random_approval_rate: config.random_approval_rate,
-        seed: config.simulation_seed,
-    }
-}
-
-fn policies(config: &Config) -> Policies {
-    Policies {
-        event: Policies::event(),
-        webhook: RetryPolicy {
-            max_attempts: Some(config.webhook.max_attempts),
-            backoff_base: config.webhook.backoff_base,
-            backoff_max: config.webhook.backoff_max,
-        },
-    }
-}
-
-async fn events_courier(config: &Config) -> Result<Option<Arc<dyn Courier>>, Failed> {
-    let events = &config.events;
-    let courier: Arc<dyn Courier> = match events.sink {
-        EventSink::None => return Ok(None),
-        EventSink::Log => {
-            let started =
-                log::stdout().and_then(|out| LogCourier::start(events.source.clone(), out));
-            Arc::new(started.map_err(|e| (EXIT_SOFTWARE, format!("no event log: {e}")))?)
-        }
-        EventSink::EventBridge => {
-            let settings = AwsSettings {
-                profile: events.aws_profile.clone(),
-                region: Some(events.aws_region.clone()),
-                default_region: events.aws_region.clone(),
-                endpoint_url: events.aws_endpoint_url.as_ref().map(ToString::to_string),
-            };
-            let sdk = aws::sdk_config(&settings).await;
-            Arc::new(EventBridgeCourier::new(&sdk, events.bus_name.clone(), events.source.clone()))
-        }
-    };
-    Ok(Some(courier))
-}
-
-fn webhook_courier(config: &Config) -> Result<Arc<dyn Courier>, Failed> {
-    let secrets: Vec<&str> = config.webhook.secrets.iter().collect();
-    let signer =
-        Signer::new(&secrets).map_err(|error| (EXIT_CONFIG, format!("WEBHOOK_SECRET: {error}")))?;
-    Ok(Arc::new(WebhookCourier::new(WebhookSettings {
-        signer,
-        timeout: config.webhook.timeout,
-        idle_per_origin: config.webhook.origin_concurrency,
-    })))
-}
-
-/// Uniform in 0 … 1.
-fn chance() -> f64 {
-    let random = getrandom::u64().expect("the system gives randomness, or nothing here is safe");
-    random as f64 / 2_f64.powi(64)
 }
 
 /// What is asked of the process as a whole.

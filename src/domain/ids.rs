@@ -113,22 +113,26 @@ impl fmt::Debug for PaymentId {
 /// The key that a store is born with: it keys every hash that is stored, so that a copy of the
 /// hashes tells nothing of what went in.
 #[derive(Clone)]
-pub struct StoreSecret([u8; 32]);
+pub struct StoreSecret {
+    bytes: [u8; 32],
+    /// HMAC with its key taken in, which is half the work of a short tag.
+    keyed: Hmac<Sha256>,
+}
 
 impl StoreSecret {
-    pub const fn new(bytes: [u8; 32]) -> Self {
-        Self(bytes)
+    pub fn new(bytes: [u8; 32]) -> Self {
+        let keyed = Hmac::new_from_slice(&bytes).expect("HMAC takes a key of any length");
+        Self { bytes, keyed }
     }
 
     pub const fn bytes(&self) -> &[u8; 32] {
-        &self.0
+        &self.bytes
     }
 
     /// A keyed hash of `parts` under a purpose of its own. Each part is preceded by its length, so
     /// that no two lists of parts look alike.
     pub fn tag(&self, purpose: &[u8], parts: &[&[u8]]) -> [u8; 16] {
-        let mut mac =
-            Hmac::<Sha256>::new_from_slice(&self.0).expect("HMAC takes a key of any length");
+        let mut mac = self.keyed.clone();
         for part in std::iter::once(&purpose).chain(parts) {
             mac.update(&(part.len() as u64).to_be_bytes());
             mac.update(part);

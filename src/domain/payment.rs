@@ -479,8 +479,8 @@ impl Payment {
         if self.progress.refunds.len() >= REFUNDS_MAX {
             return Err(self.invalid_state("it has had as many refunds as a payment can have"));
         }
-        let amount = self.refund_part("refund_amount", cancel.amount)?;
-        let vat = self.refund_part("refund_vat", cancel.vat)?;
+        let amount = self.refund_part("refund_amount.currency", cancel.amount)?;
+        let vat = self.refund_part("refund_vat.currency", cancel.vat)?;
         let left = Remaining::of(self.terms.amount.amount, self.vat(), &self.progress.refunds);
         let (amount, vat) = left.take(amount, vat).map_err(|error| match error {
             RefundError::Exceeds | RefundError::VatExceeds | RefundError::VatRemains => {

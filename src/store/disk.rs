@@ -1,4 +1,4 @@
-//! Tables on disk: fjall, with what it leaves to us around it (format, high-water mark, lock).
+//! Tables on disk: fjall, with what it leaves to us around it (format, high-water mark).
 
 use std::{
     fs::{self, File},

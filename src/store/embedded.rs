@@ -257,14 +257,28 @@ impl Shared {
         key: KeyHash,
         now: Timestamp,
     ) -> Result<Option<Remembered>, StoreError> {
-        let lives = |since: Timestamp| now.since(since) < self.retention.idempotency;
-        if let Some(bytes) = self.read(Table::Key, &key.0)? {
-            let (request, id) = record::read_created(&bytes)?;
-            return Ok(lives(id.made_at()).then_some(Remembered::Created { request, id }));
+        match self.created(key, now)? {
+            Some(created) => Ok(Some(created)),
+            None => self.replied(key, now),
         }
+    }
+
+    /// What is known under the key of a create.
+    pub fn created(&self, key: KeyHash, now: Timestamp) -> Result<Option<Remembered>, StoreError> {
+        let Some(bytes) = self.read(Table::Key, &key.0)? else { return Ok(None) };
+        let (request, id) = record::read_created(&bytes)?;
+        Ok(self.lives(id.made_at(), now).then_some(Remembered::Created { request, id }))
+    }
+
+    /// What is known under the key of any other call.
+    pub fn replied(&self, key: KeyHash, now: Timestamp) -> Result<Option<Remembered>, StoreError> {
         let Some(bytes) = self.read(Table::Reply, &key.0)? else { return Ok(None) };
         let (request, at, bytes) = record::read_reply(&bytes)?;
-        Ok(lives(at).then_some(Remembered::Replied { request, bytes }))
+        Ok(self.lives(at, now).then_some(Remembered::Replied { request, bytes }))
+    }
+
+    fn lives(&self, since: Timestamp, now: Timestamp) -> bool {
+        now.since(since) < self.retention.idempotency
     }
 
     /// The payment that a create's key now belongs to.

@@ -13,8 +13,13 @@ use crate::domain::{
 
 const VERSION: u8 = 1;
 
+/// Room for nearly every record, so that none grows step by step.
+const USUAL_BYTES: usize = 512;
+
 fn encode<T: Serialize>(record: &T) -> Vec<u8> {
-    postcard::to_extend(record, vec![VERSION]).expect("our records are of known length")
+    let mut bytes = Vec::with_capacity(USUAL_BYTES);
+    bytes.push(VERSION);
+    postcard::to_extend(record, bytes).expect("our records are of known length")
 }
 
 fn decode<T: DeserializeOwned>(bytes: &[u8], what: &str) -> Result<T, StoreError> {

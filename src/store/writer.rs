@@ -2,11 +2,11 @@
 //! is stored and staged, makes them durable with one sync, and answers.
 
 use std::{
-    collections::HashMap,
     sync::{Arc, atomic::Ordering},
     time::Duration,
 };
 
+use rustc_hash::FxHashMap;
 use tokio::sync::{mpsc, oneshot};
 
 use super::{
@@ -62,12 +62,13 @@ pub enum Job {
     },
 }
 
-/// What one sync is about to make true.
+/// What one sync is about to make true. Its maps are keyed by what is made here or hashed with our
+/// secret: nobody outside can choose entries that collide.
 #[derive(Default)]
 struct Stage {
     batch: Batch,
-    revisions: HashMap<PaymentId, Option<Revision>>,
-    keys: HashMap<KeyHash, Remembered>,
+    revisions: FxHashMap<PaymentId, Option<Revision>>,
+    keys: FxHashMap<KeyHash, Remembered>,
     dues: Vec<(PaymentId, Timestamp, Dues)>,
     oldest: Option<PaymentId>,
     nearest_entry: Option<Timestamp>,
@@ -81,13 +82,18 @@ pub struct Writer {
     jobs: mpsc::Receiver<Job>,
     marks: Marks,
     marked: Stopwatch,
+    /// As last written, of payments whose due time is in memory and nowhere else: nearly every
+    /// update is of one of them, and need not read the record only to compare a number. Whoever is
+    /// missing here is read.
+    revisions: FxHashMap<PaymentId, Revision>,
 }
 
 type Waiting = Vec<(oneshot::Sender<Answers>, Answers)>;
 
 impl Writer {
     pub fn new(shared: Arc<Shared>, jobs: mpsc::Receiver<Job>, marks: Marks) -> Self {
-        Self { shared, jobs, marks, marked: Stopwatch::start() }
+        let revisions = FxHashMap::default();
+        Self { shared, jobs, marks, marked: Stopwatch::start(), revisions }
     }
 
     /// Runs until closed, until every handle to the store is gone, or until a commit fails.
@@ -157,12 +163,13 @@ impl Writer {
             self.marks.stage(&mut stage, shared.book.floors(), payments);
         }
         let took = Stopwatch::start();
-        if let Err(error) = shared.tables.write(stage.batch) {
+        if let Err(error) = shared.tables.write(std::mem::take(&mut stage.batch)) {
             shared.fail(&error);
             return false;
         }
         shared.sequence.store(sequence, Ordering::Release);
         shared.payments.store(payments, Ordering::Relaxed);
+        self.note_revisions(&stage);
         shared.book.note(stage.dues);
         if stage.commits > 0 {
             (shared.on_commit)(stage.commits, took.elapsed());
@@ -170,11 +177,21 @@ impl Writer {
         true
     }
 
+    fn note_revisions(&mut self, stage: &Stage) {
+        for (id, created_at, dues) in &stage.dues {
+            let waits = dues.earliest().is_some() && dues.entry(*created_at).is_none();
+            match stage.revisions.get(id) {
+                Some(Some(revision)) if waits => self.revisions.insert(*id, *revision),
+                Some(_) | None => self.revisions.remove(id),
+            };
+        }
+    }
+
     fn stage(&self, stage: &mut Stage, commit: Commit) -> Result<Committed, StoreError> {
         let Commit { change, reply } = commit;
         // A known key is answered before anything else is looked at.
         if let Some((key, at)) = key_of(change.as_ref(), reply.as_ref())
-            && let Some(known) = self.known(stage, key.key, at)?
+            && let Some(known) = self.known(stage, key.key, reply.is_some(), at)?
         {
             return if known.request() == key.request {
                 Ok(Committed::Replayed(known))
@@ -230,9 +247,10 @@ impl Writer {
         after: &Payment,
     ) -> Result<Revision, StoreError> {
         let id = after.terms.id;
-        let stored = match stage.revisions.get(&id) {
-            Some(staged) => *staged,
-            None => self.stored_revision(id)?,
+        let stored = match (stage.revisions.get(&id), self.revisions.get(&id)) {
+            (Some(staged), _) => *staged,
+            (None, Some(written)) => Some(*written),
+            (None, None) => self.stored_revision(id)?,
         };
         #[cfg(feature = "faults")]
         let stored = crate::faults::stored_revision(id, stored, before.revision);
@@ -254,15 +272,19 @@ impl Writer {
         stage.keys.insert(key, Remembered::Replied { request, bytes });
     }
 
+    /// A key's hash covers the call that it came with, so that a create's stands in one table only, and
+    /// any other call's in the other.
     fn known(
         &self,
         stage: &Stage,
         key: KeyHash,
+        with_reply: bool,
         now: Timestamp,
     ) -> Result<Option<Remembered>, StoreError> {
         match stage.keys.get(&key) {
             Some(known) => Ok(Some(known.clone())),
-            None => self.shared.remembered(key, now),
+            None if with_reply => self.shared.replied(key, now),
+            None => self.shared.created(key, now),
         }
     }
 

@@ -1,0 +1,71 @@
+//! A gRPC client of a few lines: tonic's own would need features that the product is built without.
+
+use std::net::SocketAddr;
+
+use bytes::{Bytes, BytesMut};
+use http_body_util::{BodyExt, Full};
+use hyper::client::conn::http2::{SendRequest, handshake};
+use hyper_util::rt::{TokioExecutor, TokioIo};
+use prost::Message;
+
+/// A compression flag and a length stand before each message.
+const HEAD: usize = 5;
+
+#[derive(Clone)]
+pub struct Client {
+    connection: SendRequest<Full<Bytes>>,
+    address: SocketAddr,
+}
+
+impl Client {
+    /// # Errors
+    /// Where nobody listens, or speaks HTTP/2.
+    pub async fn connect(address: SocketAddr) -> Result<Self, String> {
+        let stream = tokio::net::TcpStream::connect(address).await.map_err(|e| e.to_string())?;
+        stream.set_nodelay(true).map_err(|error| error.to_string())?;
+        let (connection, driver) = handshake(TokioExecutor::new(), TokioIo::new(stream))
+            .await
+            .map_err(|error| error.to_string())?;
+        // Ends with the last clone of this client.
+        hyper::rt::Executor::execute(&TokioExecutor::new(), async {
+            let _ = driver.await;
+        });
+        Ok(Self { connection, address })
+    }
+
+    /// # Errors
+    /// A status other than OK, or a reply that is none.
+    pub async fn call<A: Message + Default>(
+        &self,
+        path: &str,
+        request: &impl Message,
+    ) -> Result<A, String> {
+        let mut body = vec![0; HEAD];
+        let length = u32::try_from(request.encoded_len()).map_err(|error| error.to_string())?;
+        body[1..].copy_from_slice(&length.to_be_bytes());
+        request.encode(&mut body).map_err(|error| error.to_string())?;
+        let request = http::Request::post(format!("http://{}{path}", self.address))
+            .header("content-type", "application/grpc")
+            .header("te", "trailers")
+            .body(Full::from(body))
+            .map_err(|error| error.to_string())?;
+        let mut connection = self.connection.clone();
+        connection.ready().await.map_err(|error| error.to_string())?;
+        let reply = connection.send_request(request).await.map_err(|error| error.to_string())?;
+        let (head, body) = reply.into_parts();
+        let body = body.collect().await.map_err(|error| error.to_string())?;
+        let trailers = body.trailers().cloned().unwrap_or_default();
+        let said = |name| head.headers.get(name).or(trailers.get(name));
+        if said("grpc-status").is_none_or(|code| code != "0") {
+            return Err(format!(
+                "{} {:?} {:?}",
+                head.status,
+                said("grpc-status"),
+                said("grpc-message")
+            ));
+        }
+        let bytes = BytesMut::from(body.to_bytes());
+        let message = bytes.get(HEAD..).ok_or("a reply without a message")?;
+        A::decode(message).map_err(|error| error.to_string())
+    }
+}

@@ -1,0 +1,104 @@
+//! Payments as callers make them: what is told apart is random, what repeats is text.
+
+use std::{sync::Arc, time::Duration};
+
+use payment_sim::domain::{
+    delivery::{Attempt, Attempted, Channel, RetryPolicy, Verdict},
+    event,
+    ids::{Idempotency, KeyHash, PaymentId, RequestHash},
+    money::{Currency, Money},
+    payment::{Metadata, Method, Payment, Terms, Trace},
+    scenario::{DrawKey, Plan, Scenario, Settings},
+    time::Timestamp,
+};
+
+const USERS: u64 = 10_000;
+
+/// Makes payments; `notify_after` is when the webhook of each falls due.
+pub struct Maker {
+    settings: Settings,
+    currency: Currency,
+}
+
+impl Maker {
+    /// # Panics
+    /// Never: KRW is a currency.
+    pub fn new(notify_after: Duration) -> Self {
+        let settings = Settings {
+            default_scenario: Scenario::Approve,
+            default_delay: notify_after,
+            timeout_settle: Duration::from_secs(30),
+            manual_ttl: Duration::from_secs(300),
+            random_approval_rate: 0.8,
+            seed: 0,
+        };
+        Self { settings, currency: Currency::parse("KRW").expect("a currency of ISO 4217") }
+    }
+
+    /// The `n`-th payment, approved and with a webhook to be posted. Ids rise with `n`.
+    pub fn payment(&self, n: u64, now: Timestamp) -> Payment {
+        let (a, b, c) = (mix(n), mix(n ^ 1 << 62), mix(n ^ 1 << 63));
+        let id = PaymentId::from_parts(now, (u128::from(n) << 24) | u128::from(a >> 40));
+        let words = |x: u64, y: u64| ((u128::from(x) << 64) | u128::from(y)).to_be_bytes();
+        Payment::create(Arc::new(Terms {
+            id,
+            reservation_id: uuid(a, b),
+            user_id: format!("user-{:07}", mix(n ^ 0x77) % USERS),
+            amount: Money { amount: 10_000 + a % 90_000, currency: self.currency },
+            vat: None,
+            method: Method::CreditCard,
+            plan: Plan::draw(Scenario::Approve, &self.settings, &DrawKey::Idempotency(""), now),
+            provider: "payment-sim".to_owned(),
+            webhook_url: Some("http://127.0.0.1:9/hooks/payment?shop=0042".to_owned()),
+            events: false,
+            metadata: Some(Metadata {
+                source: "web".to_owned(),
+                user_agent: "Mozilla/5.0 (X11; Linux x86_64; rv:140.0)".to_owned(),
+                ip_address: "203.0.113.7".to_owned(),
+                session_id: uuid(c, a),
+                tags: [("campaign".to_owned(), "summer".to_owned())].into(),
+            }),
+            echo: None,
+            card: None,
+            created_at: now,
+            trace: Trace { trace_id: words(b, c), parent_span: a.to_be_bytes(), sampled: true },
+            idempotency: Some(Idempotency {
+                key: KeyHash(words(a, c)),
+                request: RequestHash(words(c, b)),
+            }),
+            renderer: event::RENDERER,
+        }))
+    }
+}
+
+/// The payment once its receiver has answered 200; `None` where nothing is owed.
+pub fn delivered(payment: &Payment, now: Timestamp) -> Option<Payment> {
+    let attempt = Attempt { at: now, http_status: Some(200), latency_ms: 3, error: None };
+    let done = Attempted { attempt, verdict: Verdict::Accepted };
+    let policy = RetryPolicy {
+        max_attempts: Some(10),
+        backoff_base: Duration::from_secs(1),
+        backoff_max: Duration::from_secs(3_600),
+    };
+    let n = payment.due_notification(Channel::Webhook, now)?.n;
+    payment.after_attempt((n, Channel::Webhook), done, now, &policy, 0.5)
+}
+
+/// splitmix64: spreads a number over 64 bits.
+pub const fn mix(n: u64) -> u64 {
+    let n = n.wrapping_add(0x9E37_79B9_7F4A_7C15);
+    let n = (n ^ (n >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+    let n = (n ^ (n >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+    n ^ (n >> 31)
+}
+
+fn uuid(a: u64, b: u64) -> String {
+    format!(
+        "{:08x}-{:04x}-{:04x}-{:04x}-{:012x}",
+        a >> 32,
+        a >> 16 & 0xffff,
+        a & 0xffff,
+        b >> 48,
+        b & 0xffff_ffff_ffff
+    )
+}

@@ -1,0 +1,248 @@
+//! The wiring: from a configuration, and what a service finds around it, to parts that know each other.
+//! Nothing runs yet; that is runtime.rs.
+
+use std::{io, sync::Arc, time::Duration};
+
+use tokio_util::sync::CancellationToken;
+use tonic_health::{ServingStatus, server::HealthReporter};
+
+use crate::{
+    api::{self, grpc::Payments},
+    app::{self, App},
+    clock::{Clock, SystemClock},
+    config::{Config, EventSink, StoreUrl},
+    courier::{
+        Courier, EventBridgeCourier, LogCourier, WebhookCourier,
+        aws::{self, AwsSettings},
+        log,
+        webhook::WebhookSettings,
+    },
+    domain::{
+        delivery::RetryPolicy,
+        scenario::{self, Scenario},
+        signature::Signer,
+        time::Timestamp,
+    },
+    edge::{Edge, EdgeLimits},
+    metrics::{Metrics, OutboxDepth},
+    outbox::{Events, Finisher, Jitter, Policies, Shared, WebhookLimits, Webhooks},
+    scheduler::Scheduler,
+    store::{self, Location, Retention, Store, Work},
+};
+
+/// The payment service's name in `grpc.health.v1`; "" is the whole server.
+const SERVICES: [&str; 2] = ["", "payment.v1.PaymentService"];
+/// sysexits.h: EX_UNAVAILABLE, EX_SOFTWARE, EX_CONFIG.
+const EXIT_UNAVAILABLE: u8 = 69;
+const EXIT_SOFTWARE: u8 = 70;
+const EXIT_CONFIG: u8 = 78;
+
+/// Why there is no service: the process's exit code, and the words to end with.
+pub type Failed = (u8, String);
+
+/// Opened only where events go to the log.
+pub type OpenEventLog = Box<dyn FnOnce() -> io::Result<Box<dyn io::Write + Send>> + Send>;
+
+/// What a service finds around it. Time and chance are arguments: who gives others gets the same run
+/// again.
+pub struct Surroundings {
+    pub clock: Arc<dyn Clock>,
+    /// Uniform in 0 … 1: the waits between attempts, the age of connections.
+    pub chance: Jitter,
+    pub event_log: OpenEventLog,
+}
+
+impl Surroundings {
+    /// The machine's own clock, randomness and standard output.
+    pub fn of_this_machine() -> Self {
+        Self {
+            clock: Arc::new(SystemClock),
+            chance: Arc::new(chance),
+            event_log: Box::new(|| Ok(Box::new(log::stdout()?))),
+        }
+    }
+}
+
+fn chance() -> f64 {
+    let random = getrandom::u64().expect("the system gives randomness, or nothing here is safe");
+    random as f64 / 2_f64.powi(64)
+}
+
+/// Everything that serves payments.
+pub struct Service {
+    pub store: Arc<dyn Store>,
+    pub clock: Arc<dyn Clock>,
+    pub scheduler: Arc<Scheduler>,
+    pub events: Option<Arc<Events>>,
+    pub webhooks: Arc<Webhooks>,
+    /// Until it is started.
+    pub finisher: Option<Finisher>,
+    pub edge: Edge<Payments>,
+    health: HealthReporter,
+    /// Stops leasing.
+    pub work_end: CancellationToken,
+    /// Stops accepting, and ends held calls.
+    pub grpc_end: CancellationToken,
+}
+
+impl Service {
+    pub async fn build(
+        config: &Config,
+        surroundings: Surroundings,
+        metrics: &Arc<Metrics>,
+    ) -> Result<Self, Failed> {
+        let Surroundings { clock, chance, event_log } = surroundings;
+        let store = open_store(config, &clock, metrics).await?;
+        watch_outbox(metrics, &store, &clock);
+        let shared = Shared {
+            store: Arc::clone(&store),
+            clock: Arc::clone(&clock),
+            metrics: Arc::clone(metrics),
+        };
+        let (finisher, done) = Finisher::new(shared.clone(), policies(config), chance);
+        let events = events_courier(config, event_log).await?.map(|courier| {
+            let sink = config.events.sink.as_str();
+            Arc::new(Events::new(shared.clone(), courier, sink, done.clone()))
+        });
+        let limits = WebhookLimits {
+            concurrency: config.webhook.concurrency,
+            origin_concurrency: config.webhook.origin_concurrency,
+        };
+        let webhooks = Webhooks::new(shared, webhook_courier(config)?, limits, done);
+        let grpc_end = CancellationToken::new();
+        let (health, health_server) = tonic_health::server::health_reporter();
+        let settings = app::Settings {
+            scenario: scenario_settings(config),
+            events: config.events.sink != EventSink::None,
+        };
+        let app = App::new(Arc::clone(&store), Arc::clone(&clock), Arc::clone(metrics), settings);
+        let payments = Payments::new(Arc::new(app), config.public_url.clone(), grpc_end.clone());
+        let edge_limits = EdgeLimits { max_in_flight: config.max_in_flight, ..Default::default() };
+        let routes = api::routes(health_server);
+        Ok(Self {
+            edge: Edge::new(payments, routes, edge_limits, Arc::clone(metrics) as _),
+            scheduler: Arc::new(Scheduler {
+                store: Arc::clone(&store),
+                clock: Arc::clone(&clock),
+                metrics: Arc::clone(metrics),
+            }),
+            events,
+            webhooks: Arc::new(webhooks),
+            finisher: Some(finisher),
+            store,
+            clock,
+            health,
+            work_end: CancellationToken::new(),
+            grpc_end,
+        })
+    }
+
+    /// To whoever asks `grpc.health.v1`.
+    pub async fn announce(&self, status: ServingStatus) {
+        for service in SERVICES {
+            self.health.set_service_status(service, status).await;
+        }
+    }
+}
+
+async fn open_store(
+    config: &Config,
+    clock: &Arc<dyn Clock>,
+    metrics: &Arc<Metrics>,
+) -> Result<Arc<dyn Store>, Failed> {
+    let location = match &config.store {
+        StoreUrl::File(path) => Location::Folder(path.clone()),
+        StoreUrl::Memory => Location::Memory,
+    };
+    let (committed, dropped) = (Arc::clone(metrics), Arc::clone(metrics));
+    let options = store::Options {
+        retention: Retention {
+            payments: config.retention,
+            idempotency: config.idempotency_ttl,
+            payments_max: config.retention_max_payments,
+        },
+        clock: Arc::clone(clock),
+        on_commit: Arc::new(move |batch, took| committed.store_committed(batch, took)),
+        on_dropped_early: Arc::new(move |n| dropped.payments_dropped_early(n)),
+    };
+    let opened = tokio::task::spawn_blocking(move || store::open(&location, options)).await;
+    match opened {
+        Ok(Ok(store)) => Ok(store),
+        Ok(Err(error)) => Err((EXIT_UNAVAILABLE, format!("the store cannot be opened: {error}"))),
+        Err(error) => Err((EXIT_SOFTWARE, format!("the store cannot be opened: {error}"))),
+    }
+}
+
+/// The store counts its commits in the metrics, so these must not keep the store: neither would ever go.
+fn watch_outbox(metrics: &Metrics, store: &Arc<dyn Store>, clock: &Arc<dyn Clock>) {
+    let (store, clock) = (Arc::downgrade(store), Arc::clone(clock));
+    metrics.read_outbox_from(move || {
+        let Some(store) = store.upgrade() else { return Vec::new() };
+        let now = Timestamp::from_ms(clock.now_ms());
+        let depth = |channel, work| {
+            let backlog = store.backlog(work);
+            let oldest_age = backlog.oldest.map_or(Duration::ZERO, |due| now.since(due));
+            OutboxDepth { channel, pending: backlog.pending as u64, oldest_age }
+        };
+        vec![depth("event", Work::Event), depth("webhook", Work::Webhook)]
+    });
+}
+
+fn scenario_settings(config: &Config) -> scenario::Settings {
+    scenario::Settings {
+        default_scenario: Scenario::parse(config.default_scenario.as_str())
+            .expect("the configuration knows the same six scenarios"),
+        default_delay: config.default_delay,
+        timeout_settle: config.timeout_settle,
+        manual_ttl: config.manual_ttl,
+        random_approval_rate: config.random_approval_rate,
+        seed: config.simulation_seed,
+    }
+}
+
+fn policies(config: &Config) -> Policies {
+    Policies {
+        event: Policies::event(),
+        webhook: RetryPolicy {
+            max_attempts: Some(config.webhook.max_attempts),
+            backoff_base: config.webhook.backoff_base,
+            backoff_max: config.webhook.backoff_max,
+        },
+    }
+}
+
+async fn events_courier(
+    config: &Config,
+    event_log: OpenEventLog,
+) -> Result<Option<Arc<dyn Courier>>, Failed> {
+    let events = &config.events;
+    let courier: Arc<dyn Courier> = match events.sink {
+        EventSink::None => return Ok(None),
+        EventSink::Log => {
+            let started = event_log().and_then(|out| LogCourier::start(events.source.clone(), out));
+            Arc::new(started.map_err(|e| (EXIT_SOFTWARE, format!("no event log: {e}")))?)
+        }
+        EventSink::EventBridge => {
+            let settings = AwsSettings {
+                profile: events.aws_profile.clone(),
+                region: Some(events.aws_region.clone()),
+                default_region: events.aws_region.clone(),
+                endpoint_url: events.aws_endpoint_url.as_ref().map(ToString::to_string),
+            };
+            let sdk = aws::sdk_config(&settings).await;
+            Arc::new(EventBridgeCourier::new(&sdk, events.bus_name.clone(), events.source.clone()))
+        }
+    };
+    Ok(Some(courier))
+}
+
+fn webhook_courier(config: &Config) -> Result<Arc<dyn Courier>, Failed> {
+    let secrets: Vec<&str> = config.webhook.secrets.iter().collect();
+    let signer =
+        Signer::new(&secrets).map_err(|error| (EXIT_CONFIG, format!("WEBHOOK_SECRET: {error}")))?;
+    Ok(Arc::new(WebhookCourier::new(WebhookSettings {
+        signer,
+        timeout: config.webhook.timeout,
+        idle_per_origin: config.webhook.origin_concurrency,
+    })))
+}
