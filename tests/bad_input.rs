@@ -356,9 +356,7 @@ fn must_be_refused(case: &Case) -> bool {
         (_, "method" | "scenario" | "metadata.scenario" | "target_status" | "status", _) => true,
         (_, "payment_intent_id", _) => true,
         (_, field, _) if field.ends_with("card_number") => true,
-        (_, field, about) if field.ends_with("expiry_month") || field.ends_with("expiry_year") => {
-            about != ""
-        }
+        (_, field, _) if field.ends_with("expiry_month") || field.ends_with("expiry_year") => true,
         (_, "delay_seconds", _) => number.is_ok_and(|n| !(0..=86_400).contains(&n)),
         (_, "pagination.page_size", _) => number.is_ok_and(|n| !(0..=100).contains(&n)),
         (_, "pagination.cursor", about) => about != "empty",

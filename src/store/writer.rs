@@ -135,7 +135,7 @@ impl Writer {
                 let now = fitting(&jobs);
                 if !self.batch(jobs.drain(..now).collect()) {
                     // What came after is answered by being dropped: nothing more is taken.
-                    return std::mem::forget(abort);
+                    return;
                 }
             }
         }
