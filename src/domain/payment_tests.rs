@@ -261,7 +261,10 @@ fn a_refund_in_another_currency_names_its_field() {
     let usd = Money { amount: 1, currency: Currency::parse("USD").unwrap() };
     let command = Command::Cancel(Cancel { amount: Some(usd), ..Cancel::default() });
     let refusal = payment(Scenario::Approve).transition(command, NOW).answer.unwrap_err();
-    assert!(matches!(refusal, Refusal::Invalid { field: "refund_amount.currency", .. }), "{refusal}");
+    assert!(
+        matches!(refusal, Refusal::Invalid { field: "refund_amount.currency", .. }),
+        "{refusal}"
+    );
 }
 
 #[test]
