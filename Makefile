@@ -10,7 +10,8 @@ IMAGE ?= payment-sim-api
 VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' Cargo.toml | head -n 1)
 GRPC_PORT ?= 8030
 OPS_PORT ?= 8031
-CYCLES ?= 20
+# Every 10th cycle ends the receivers instead of the service: these are 20 kills and more.
+CYCLES ?= 24
 
 # The binaries of the package: payment-sim, and whatever stands in src/bin.
 BINARIES := payment-sim $(basename $(notdir $(wildcard src/bin/*.rs)))
@@ -55,7 +56,7 @@ lint: ## formatting, clippy, rustdoc, protocol, dependencies, Dockerfile, YAML, 
 ci: dev-deps lint test ## what a change must pass: lint and test (.ci/run calls it)
 
 .PHONY: crash-test
-crash-test: ## kill -9 under load, CYCLES=20 times, with the negative controls
+crash-test: ## kill -9 under load in CYCLES=24 cycles, with the negative controls
 	CRASH_CYCLES=$(CYCLES) cargo test --locked --release --features faults --test crash -- --nocapture
 
 .PHONY: bench

@@ -255,21 +255,21 @@ impl Server {
         F: Future<Output = ()> + Send + 'static,
     {
         let listener = TcpListener::from_std(listener)?;
-        let tasks = TaskTracker::new();
+        let (tasks, ending) = (TaskTracker::new(), CancellationToken::new());
+        let start = |tcp: TcpStream| {
+            let Ok(place) = Arc::clone(&self.0.places).try_acquire_owned() else {
+                return self.warn("connection refused: all places are taken", None);
+            };
+            prepare(&tcp);
+            let conversation = converse(tcp, ending.child_token(), tasks.clone());
+            tasks.spawn(async move {
+                conversation.await;
+                drop(place);
+            });
+        };
         while let Some(accepted) = drain.run_until_cancelled(listener.accept()).await {
             match accepted {
-                Ok((tcp, _peer)) => {
-                    let Ok(place) = Arc::clone(&self.0.places).try_acquire_owned() else {
-                        self.warn("connection refused: all places are taken", None);
-                        continue;
-                    };
-                    prepare(&tcp);
-                    let conversation = converse(tcp, drain.child_token(), tasks.clone());
-                    tasks.spawn(async move {
-                        conversation.await;
-                        drop(place);
-                    });
-                }
+                Ok((tcp, _peer)) => start(tcp),
                 Err(e) if is_the_connections_own(&e) => {}
                 Err(e) => {
                     self.warn("accepting rests", Some(&e));
@@ -277,8 +277,10 @@ impl Server {
                 }
             }
         }
-        // Closed before the wait: the kernel then refuses newcomers instead of queueing them.
-        drop(listener);
+        // The door first, then the guests: whoever is sent away comes back at once, and must then be
+        // refused by the kernel, not queued where nobody will look.
+        close(listener)?.into_iter().for_each(start);
+        ending.cancel();
         tasks.close();
         self.see_out(&tasks).await;
         Ok(())
@@ -300,6 +302,21 @@ impl Server {
             tracing::warn!(open, withheld, error, "{what}");
         }
     }
+}
+
+/// Closes a listener. Who was queued for it comes out: closing would reset them, and requests that they
+/// have sent already with them.
+fn close(listener: TcpListener) -> io::Result<Vec<TcpStream>> {
+    let listener = listener.into_std()?;
+    let mut queued = Vec::new();
+    // Bounded, lest those who keep coming keep it open.
+    while queued.len() < BACKLOG as usize
+        && let Ok((tcp, _peer)) = listener.accept()
+    {
+        tcp.set_nonblocking(true)?;
+        queued.push(TcpStream::from_std(tcp)?);
+    }
+    Ok(queued)
 }
 
 /// An error of the one connection that was to be accepted: the next may be fine.
@@ -340,7 +357,18 @@ async fn converse_http2<S, B>(
 {
     // hyper has no limit on this phase and would not end in it when asked to.
     let preface = timeout(limits.preface, Prefaced::read(tcp));
-    let Some(Ok(Ok(io))) = ending.run_until_cancelled(preface).await else { return };
+    // A client that came just before the end may have sent requests: it is let in, to be sent away in
+    // order. A silent one holds up the end no longer than other silent ones do.
+    let too_late = async {
+        ending.cancelled().await;
+        sleep(limits.quiet).await;
+    };
+    let prefaced = tokio::select! {
+        biased;
+        prefaced = preface => prefaced,
+        () = too_late => return,
+    };
+    let Ok(Ok(io)) = prefaced else { return };
 
     let streams = Streams::default();
     let http2 = http2_settings(StreamTasks { tasks, streams: streams.clone() });

@@ -200,6 +200,23 @@ async fn a_drain_ends_whatever_the_clients_do() {
 }
 
 #[tokio::test]
+async fn a_drain_serves_who_was_already_queued() {
+    let listener = bind(any_port(), 1).unwrap().remove(0);
+    let mut client = PaymentServiceClient::new(channel(listener.local_addr().unwrap()).await);
+    let call = client.create_payment_intent(order("ok"));
+    let (server, drain) = (Server::new(Limits::default()), CancellationToken::new());
+    let (edge, _) = edge(EdgeLimits::default());
+    let (reply, served) = tokio::join!(call, async {
+        // By now the request is in the socket, and nobody has accepted it.
+        sleep(SHORT).await;
+        drain.cancel();
+        server.serve_grpc(listener, |ending| edge.connection(ending), drain).await
+    });
+    reply.unwrap();
+    served.unwrap();
+}
+
+#[tokio::test]
 async fn a_drain_lets_what_is_in_flight_finish_and_ends_streams() {
     let bed = start(Limits::default());
     let mut client = bed.client().await;

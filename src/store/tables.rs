@@ -62,6 +62,10 @@ pub struct TablesError(pub String);
 pub struct Batch(pub Vec<(Table, Vec<u8>, Option<Vec<u8>>)>);
 
 impl Batch {
+    pub fn with_capacity(entries: usize) -> Self {
+        Self(Vec::with_capacity(entries))
+    }
+
     pub fn put(&mut self, table: Table, key: impl Into<Vec<u8>>, value: impl Into<Vec<u8>>) {
         self.0.push((table, key.into(), Some(value.into())));
     }

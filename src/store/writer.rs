@@ -27,6 +27,10 @@ use crate::{
 
 /// The most jobs of one sync: batches size themselves, this only bounds their memory.
 const JOBS_MAX: usize = 1_024;
+/// Entries that a create makes: payment, key, and its place in two lists.
+const ENTRIES: usize = 4;
+/// Entries of `Meta` in a batch at most.
+const MARKS: usize = 4;
 /// Marks are written along with a batch, at most this often.
 const MARKS_EVERY: Duration = Duration::from_secs(1);
 
@@ -110,7 +114,7 @@ impl Writer {
 
     /// False: no more batches.
     fn batch(&mut self, jobs: &mut Vec<Job>) -> bool {
-        let mut stage = Stage::default();
+        let mut stage = Stage::with_room_for(jobs);
         let mut waiting: Waiting = Vec::new();
         let mut counts = Vec::new();
         let mut close = None;
@@ -343,6 +347,23 @@ impl Writer {
 }
 
 impl Stage {
+    /// Thousands of entries a batch: grown step by step they would be moved as often.
+    fn with_room_for(jobs: &[Job]) -> Self {
+        let commits = |job: &Job| match job {
+            Job::Commit { commits, .. } => commits.len(),
+            Job::Drop { payments, .. } => payments.len(),
+            Job::Lapse { keys, .. } => keys.len(),
+            Job::Load { .. } | Job::Marks | Job::Close { .. } => 0,
+        };
+        let commits = jobs.iter().map(commits).sum();
+        let batch = Batch::with_capacity(commits * ENTRIES + MARKS);
+        let mut stage = Self { batch, ..Self::default() };
+        stage.revisions.reserve(commits);
+        stage.keys.reserve(commits);
+        stage.dues.reserve(commits);
+        stage
+    }
+
     /// Keeps the `Due` table in step with a record, and remembers what the drivers must know after.
     fn note(&mut self, payment: &Payment, entry_before: Option<Timestamp>) {
         let terms = &payment.terms;

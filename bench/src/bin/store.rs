@@ -30,7 +30,7 @@ use tokio::task::JoinSet;
 
 const BATCH: u64 = 100;
 /// Batches of settlements under way at a time.
-const SETTLING_MAX: usize = 16;
+const SETTLING_MAX: usize = 64;
 const SETTLE_AFTER: Duration = Duration::from_secs(2);
 /// Behind: what falls due is settled later than this, or creates are answered later.
 const LATE: Duration = Duration::from_secs(1);
