@@ -45,7 +45,8 @@ struct Slot {
     due: Option<Timestamp>,
     /// Where it stands in the queue, when it does.
     queued: Option<Timestamp>,
-    leased: bool,
+    /// Where it stood, while somebody works on it.
+    leased: Option<Timestamp>,
 }
 
 #[derive(Debug, Default)]
@@ -54,10 +55,14 @@ struct Open {
     entry: Option<Timestamp>,
 }
 
+type Queue = BTreeSet<(Timestamp, PaymentId)>;
+
 #[derive(Debug)]
 struct Pages {
     open: BTreeMap<PaymentId, Open>,
-    queues: [BTreeSet<(Timestamp, PaymentId)>; Work::ALL.len()],
+    queues: [Queue; Work::ALL.len()],
+    /// What left its queue for a lease: still owed.
+    leased: [Queue; Work::ALL.len()],
     /// Payments in memory without an entry in `Due`: the scan at start must reach the oldest of them.
     unlisted: BTreeSet<PaymentId>,
     /// Entries of `Due` up to here are in memory.
@@ -84,6 +89,7 @@ impl Book {
         let pages = Pages {
             open: BTreeMap::new(),
             queues: Default::default(),
+            leased: Default::default(),
             unlisted: BTreeSet::new(),
             read_until,
         };
@@ -128,7 +134,8 @@ impl Book {
             pages.queues[work as usize].pop_first();
             let open = pages.open.get_mut(&id).expect("whoever is queued is open");
             open.slots[work as usize].queued = None;
-            open.slots[work as usize].leased = true;
+            open.slots[work as usize].leased = Some(due);
+            pages.leased[work as usize].insert((due, id));
             leased.push(id);
         }
         leased
@@ -153,8 +160,9 @@ impl Book {
 
     pub fn backlog(&self, work: Work) -> Backlog {
         let pages = self.pages();
-        let queue = &pages.queues[work as usize];
-        Backlog { pending: queue.len(), oldest: queue.first().map(|(due, _)| *due) }
+        let (queue, leased) = (&pages.queues[work as usize], &pages.leased[work as usize]);
+        let oldest = queue.first().into_iter().chain(leased.first()).min();
+        Backlog { pending: queue.len() + leased.len(), oldest: oldest.map(|(due, _)| *due) }
     }
 
     pub fn floors(&self) -> Floors {
@@ -170,10 +178,13 @@ impl Book {
         let mut pages = self.pages();
         let Some(open) = pages.open.get_mut(&id) else { return };
         let slot = &mut open.slots[work as usize];
-        slot.leased = false;
+        let leased = slot.leased.take();
         slot.queued = slot.due.map(|due| not_before.map_or(due, |at| due.max(at)));
         if let Some(at) = slot.queued {
             pages.queues[work as usize].insert((at, id));
+        }
+        if let Some(at) = leased {
+            pages.leased[work as usize].remove(&(at, id));
         }
         pages.forget_if_idle(id);
         drop(pages);
@@ -187,7 +198,7 @@ impl Pages {
         open.entry = entry;
         for (i, slot) in open.slots.iter_mut().enumerate() {
             slot.due = dues.0[i];
-            let at = slot.due.filter(|_| !slot.leased);
+            let at = slot.due.filter(|_| slot.leased.is_none());
             if slot.queued == at {
                 continue;
             }
@@ -211,7 +222,7 @@ impl Pages {
     /// A payment leaves memory when it waits for nothing, or for something that `Due` will give back.
     fn forget_if_idle(&mut self, id: PaymentId) {
         let Some(open) = self.open.get(&id) else { return };
-        if open.slots.iter().any(|slot| slot.leased) {
+        if open.slots.iter().any(|slot| slot.leased.is_some()) {
             return;
         }
         let earliest = open.slots.iter().filter_map(|slot| slot.due).min();
@@ -287,6 +298,8 @@ mod tests {
         book.note([(id(1), at(1_000), wake(2_000)), (id(2), at(1_000), wake(1_500))]);
         assert_eq!(book.lease(Work::Wake, at(1_999), 10), [id(2)]);
         assert!(book.lease(Work::Wake, at(1_999), 10).is_empty());
+        let owed = Backlog { pending: 2, oldest: Some(at(1_500)) };
+        assert_eq!(book.backlog(Work::Wake), owed, "what is worked on is owed");
         drop(Lease::new(id(2), Work::Wake, Arc::clone(&book) as Arc<dyn Releases>));
         assert_eq!(book.lease(Work::Wake, at(5_000), 10), [id(2), id(1)]);
     }

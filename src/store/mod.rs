@@ -149,7 +149,7 @@ pub enum Health {
     Failed,
 }
 
-/// What is owed on a channel.
+/// What is owed on a channel, attempts under way included.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Backlog {
     pub pending: usize,
