@@ -68,6 +68,7 @@ bench-store: ## whole payments a second through the store alone
 
 .PHONY: bench-footprint
 bench-footprint: ## memory and start-up time with 5 million payments stored
+	cargo build --locked --release --bin payment-sim --target-dir $(TARGET_DIR)
 	cargo run --release --locked --manifest-path $(BENCH) --target-dir $(TARGET_DIR) --bin footprint
 
 # The two commands of the first system's README, to the letter.

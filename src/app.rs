@@ -9,7 +9,7 @@ use crate::{
         event,
         ids::{Idempotency, PaymentId, StoreSecret},
         money::Money,
-        payment::{Answer, Command, Metadata, Method, Payment, Refusal, Terms, Trace},
+        payment::{Answer, Command, Metadata, Method, Payment, Refusal, Status, Terms, Trace},
         scenario::{self, DrawKey, Outcome, Plan, Scenario},
         time::Timestamp,
     },
@@ -275,21 +275,34 @@ impl App {
     }
 
     fn count_outcome(&self, before: Option<&Payment>, after: &Payment) {
-        if before.is_none_or(|before| before.status() != after.status()) {
-            count_outcome(&self.metrics, after);
-        }
+        count_outcome(&self.metrics, before, after);
     }
 }
 
-/// Counts a payment that has just come to an end, or to a refund.
-pub fn count_outcome(metrics: &Metrics, payment: &Payment) {
-    use crate::domain::payment::PaymentState as State;
-    let reason = match (&payment.progress.state, payment.progress.state.decision()) {
-        (State::Pending { .. } | State::Processing { .. }, _) => return,
-        (_, Some((Outcome::Failed(reason), _))) => reason.as_str(),
-        (_, Some((Outcome::Completed, _)) | None) => "",
-    };
-    metrics.payment_outcome(payment.status().short(), reason, &payment.terms.provider);
+/// Counts what a commit has brought about: a decision, an end without one, a refund of the whole. One
+/// commit may bring two of them, where a command found a decision due.
+pub fn count_outcome(metrics: &Metrics, before: Option<&Payment>, after: &Payment) {
+    let provider = &after.terms.provider;
+    let decision = |payment: &Payment| payment.progress.state.decision();
+    match decision(after) {
+        Some((outcome, _)) if before.and_then(decision).is_none() => {
+            let (status, reason) = match outcome {
+                Outcome::Completed => (Status::Completed, ""),
+                Outcome::Failed(reason) => (Status::Failed, reason.as_str()),
+            };
+            metrics.payment_outcome(status.short(), reason, provider);
+        }
+        Some(_) | None => {}
+    }
+    if before.is_some_and(|before| before.status() == after.status()) {
+        return;
+    }
+    match after.status() {
+        Status::Cancelled | Status::Expired | Status::Refunded => {
+            metrics.payment_outcome(after.status().short(), "", provider);
+        }
+        Status::Pending | Status::Processing | Status::Completed | Status::Failed => {}
+    }
 }
 
 /// Makes ids that rise within this process and past what the store held at start, whatever the clock

@@ -12,7 +12,6 @@ use std::future::poll_fn;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::pin::{Pin, pin};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
@@ -36,6 +35,7 @@ use crate::domain::payment::Trace;
 use crate::domain::validation::Violation;
 use crate::log_budget::LogBudget;
 use crate::metrics::{GRPC_METHODS, Metrics, UNKNOWN_METHOD};
+use crate::slot::{ReleaseAtEnd, Slot};
 
 /// The service that is matched first; everything else goes through tonic's router.
 const PAYMENTS_PREFIX: &str = "/payment.v1.PaymentService/";
@@ -423,40 +423,6 @@ impl<T> Drop for Account<'_, T> {
             let code = self.code;
             tracing::debug!(service, method, ?code, latency_us, %trace_id, withheld, "handled");
         }
-    }
-}
-
-/// A request's place among those in flight. In the request's extensions, so that a call that is held on
-/// purpose can give it back.
-#[derive(Clone, Debug)]
-pub struct Slot(Arc<Place>);
-
-#[derive(Debug)]
-struct Place {
-    slots: Arc<Semaphore>,
-    taken: AtomicBool,
-}
-
-impl Slot {
-    fn take(slots: &Arc<Semaphore>) -> Option<Self> {
-        slots.try_acquire().ok()?.forget();
-        Some(Self(Arc::new(Place { slots: Arc::clone(slots), taken: AtomicBool::new(true) })))
-    }
-
-    /// Gives the place to another request. Once is enough; again does nothing.
-    pub fn release(&self) {
-        if self.0.taken.swap(false, Ordering::Relaxed) {
-            self.0.slots.add_permits(1);
-        }
-    }
-}
-
-/// The edge's own handle: the place is free when the handler has ended, whoever else keeps a [`Slot`].
-struct ReleaseAtEnd(Slot);
-
-impl Drop for ReleaseAtEnd {
-    fn drop(&mut self) {
-        self.0.release();
     }
 }
 

@@ -36,4 +36,5 @@ pub mod ops;
 pub mod runtime;
 pub mod server;
 pub mod service;
+pub mod slot;
 pub mod telemetry;

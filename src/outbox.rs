@@ -14,7 +14,7 @@ use std::{
 use async_trait::async_trait;
 use bytes::Bytes;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
-use tokio_util::task::TaskTracker;
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use crate::{
     clock::{Clock, Stopwatch},
@@ -211,6 +211,8 @@ pub struct Webhooks {
     slots: Arc<Semaphore>,
     origins: Mutex<HashMap<Origin, Arc<Semaphore>>>,
     attempts: TaskTracker,
+    /// Ends the attempts in flight; what they carry stays owed.
+    abandon: CancellationToken,
     done: mpsc::Sender<Done>,
 }
 
@@ -228,14 +230,18 @@ impl Webhooks {
             slots: Arc::new(Semaphore::new(limits.concurrency)),
             origins: Mutex::default(),
             attempts: TaskTracker::new(),
+            abandon: CancellationToken::new(),
             done,
         }
     }
 
-    /// Waits for the attempts in flight.
-    pub async fn drain(&self) {
+    /// Waits for the attempts in flight, and abandons those that take longer; false: there were some.
+    pub async fn drain(&self, grace: Duration) -> bool {
         self.attempts.close();
+        let ended = tokio::time::timeout(grace, self.attempts.wait()).await.is_ok();
+        self.abandon.cancel();
         self.attempts.wait().await;
+        ended
     }
 
     async fn post_due(&self) -> Result<usize, StoreError> {
@@ -287,11 +293,13 @@ impl Webhooks {
     ) {
         let (shared, courier, done) =
             (self.shared.clone(), Arc::clone(&self.courier), self.done.clone());
+        let abandon = self.abandon.clone();
         self.attempts.spawn(async move {
             let n = parcel.n;
             let took = Stopwatch::start();
+            let attempt = courier.attempt(std::slice::from_ref(&parcel), shared.now());
             let attempted =
-                courier.attempt(std::slice::from_ref(&parcel), shared.now()).await.pop();
+                abandon.run_until_cancelled(attempt).await.and_then(|mut all| all.pop());
             drop(permits);
             let Some(attempted) = attempted else { return };
             let result = match attempted.verdict {

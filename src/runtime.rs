@@ -17,7 +17,7 @@ use std::{
 use tokio::{
     signal::unix::{SignalKind, signal},
     sync::oneshot,
-    task::JoinSet,
+    task::{AbortHandle, JoinSet},
 };
 use tokio_util::sync::CancellationToken;
 use tonic_health::ServingStatus;
@@ -37,8 +37,9 @@ use crate::{
 
 /// Threads for everything that serves no gRPC: deliveries, timers, ops.
 const BACKGROUND_THREADS: usize = 2;
-/// Attempts in flight at the end may take so long; what they carry stays owed.
-const ATTEMPTS_GRACE: Duration = Duration::from_secs(8);
+/// Attempts in flight at the end may take so long (`WEBHOOK_TIMEOUT_MS` is 5 s); what they carry stays
+/// owed. Three of these and the longest `DRAIN_DELAY_MS` (10 s) are less than [`STOP_MAX`].
+const ATTEMPTS_GRACE: Duration = Duration::from_secs(6);
 /// From the signal to the end, whatever hangs.
 const STOP_MAX: Duration = Duration::from_secs(29);
 /// sysexits.h: EX_SOFTWARE, EX_IOERR.
@@ -104,7 +105,15 @@ async fn serve(config: &Config, listeners: Listeners) -> ExitCode {
         tracing::error!("signals cannot be listened to");
         return ExitCode::from(EXIT_SOFTWARE);
     };
-    let started = Running::start(config, listeners, Surroundings::of_this_machine()).await;
+    let starting = Running::start(config, listeners, Surroundings::of_this_machine());
+    let started = tokio::select! {
+        started = starting => started,
+        // Nothing has been acknowledged yet, so there is nothing to drain.
+        name = signals.next() => {
+            tracing::info!(signal = name, "stopped before it was ready");
+            return ExitCode::SUCCESS;
+        }
+    };
     let mut running = match started {
         Ok(running) => running,
         Err((code, why)) => {
@@ -203,16 +212,16 @@ impl Running {
         tokio::time::sleep(drain_delay).await;
         service.grpc_end.cancel();
         service.work_end.cancel();
-        tasks.join(&["grpc", "scheduler", "webhooks", "events"]).await;
+        // The feeders end while the calls in flight do: neither waits for the other.
+        tasks.end(&["scheduler", "webhooks", "events"], ATTEMPTS_GRACE).await;
         let Service { webhooks, events, store, .. } = service;
-        if tokio::time::timeout(ATTEMPTS_GRACE, webhooks.drain()).await.is_err() {
-            tracing::warn!("webhooks in flight were left; they are still owed");
+        if !webhooks.drain(ATTEMPTS_GRACE).await {
+            tracing::warn!("webhooks in flight were abandoned; they are still owed");
         }
         // With the last feeder gone the finisher writes what it has and ends.
         drop((webhooks, events));
-        if tokio::time::timeout(ATTEMPTS_GRACE, tasks.join(&["finisher"])).await.is_err() {
-            tracing::warn!("results of deliveries were left; the deliveries are still owed");
-        }
+        tasks.end(&["finisher"], ATTEMPTS_GRACE).await;
+        tasks.join(&["grpc"]).await;
         store.close().await;
         ops_end.cancel();
         tasks.join(&["ops"]).await;
@@ -344,43 +353,44 @@ impl Report for ProcessStatus {
 /// Long tasks, by name. None of them ends by itself while the service runs.
 #[derive(Default)]
 struct Tasks {
-    running: JoinSet<&'static str>,
-    left: Vec<&'static str>,
+    running: JoinSet<()>,
+    named: Vec<(&'static str, AbortHandle)>,
 }
 
 impl Tasks {
     fn start(&mut self, name: &'static str, task: impl Future<Output = ()> + Send + 'static) {
-        self.left.push(name);
-        self.running.spawn(async move {
-            task.await;
-            name
-        });
+        self.named.push((name, self.running.spawn(task)));
     }
 
-    /// The next task to end, or "a task" where it panicked.
+    /// The next task to end, be it by a panic.
     async fn ended(&mut self) -> &'static str {
-        match self.running.join_next().await {
-            Some(Ok(name)) => {
-                self.forget(name);
-                name
+        while let Some(ended) = self.running.join_next_with_id().await {
+            let id = ended.map_or_else(|error| error.id(), |(id, ())| id);
+            if let Some(at) = self.named.iter().position(|(_, task)| task.id() == id) {
+                return self.named.swap_remove(at).0;
             }
-            Some(Err(_)) | None => "a task",
         }
+        // Nothing runs: as little should there be anybody who asks.
+        std::future::pending().await
     }
 
     /// Waits for all tasks of these names.
     async fn join(&mut self, names: &[&str]) {
-        while self.left.iter().any(|name| names.contains(name)) {
-            if self.ended().await == "a task" {
-                return;
-            }
+        while self.named.iter().any(|(name, _)| names.contains(name)) {
+            self.ended().await;
         }
     }
 
-    fn forget(&mut self, name: &str) {
-        if let Some(at) = self.left.iter().position(|left| *left == name) {
-            self.left.swap_remove(at);
+    /// As `join`, but aborts those that are not done in time. What they had leased stays owed.
+    async fn end(&mut self, names: &[&str], within: Duration) {
+        if tokio::time::timeout(within, self.join(names)).await.is_ok() {
+            return;
         }
+        for (name, task) in self.named.iter().filter(|(name, _)| names.contains(name)) {
+            tracing::warn!(task = name, "did not end in time and was aborted");
+            task.abort();
+        }
+        self.join(names).await;
     }
 }
 

@@ -48,7 +48,7 @@ impl Scheduler {
             let Some(after) = before.payment.transition(Command::Wake, now).changed else {
                 continue;
             };
-            woken.push((before.payment.progress.state.wakes_at(), after.clone()));
+            woken.push((before.payment.clone(), after.clone()));
             commits.push(Commit { change: Some(Change::Update { before, after }), reply: None });
         }
         #[cfg(feature = "faults")]
@@ -57,12 +57,13 @@ impl Scheduler {
         #[cfg(feature = "faults")]
         crate::faults::wake_again(&*self.store, again).await;
         let mut done = 0;
-        for ((due, payment), answer) in woken.into_iter().zip(answers) {
+        for ((before, after), answer) in woken.into_iter().zip(answers) {
             match answer {
                 Ok(Committed::Done(_)) => {
                     done += 1;
-                    self.metrics.decision_lag(now.since(due.unwrap_or(now)));
-                    app::count_outcome(&self.metrics, &payment);
+                    let due = before.progress.state.wakes_at().unwrap_or(now);
+                    self.metrics.decision_lag(now.since(due));
+                    app::count_outcome(&self.metrics, Some(&before), &after);
                 }
                 // Somebody else was quicker; if anything is left to do it is still due.
                 Ok(Committed::Replayed(_)) | Err(StoreError::Conflict) => {}

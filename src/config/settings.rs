@@ -170,7 +170,7 @@ pub static SETTINGS: &[Setting] = &[
         "Requests worked on at a time; more are refused at once with RESOURCE_EXHAUSTED."),
     row(SERVER, "RUNTIME_THREADS", Kind::Whole { min: 1, max: 256 }, Cores,
         "Threads that serve gRPC."),
-    row(SERVER, "DRAIN_DELAY_MS", Kind::Millis { min: 0, max: 20_000 }, ByStage { development: "0", production: "5000" },
+    row(SERVER, "DRAIN_DELAY_MS", Kind::Millis { min: 0, max: 10_000 }, ByStage { development: "0", production: "5000" },
         "From SIGTERM, how long to go on accepting until balancers have seen /readyz turn false."),
     row(SERVER, "LOG_LEVEL", Kind::Choice(LogLevel::NAMES), ByStage { development: "debug", production: "info" },
         "Least level of log lines; they go to stderr, as JSON in production."),

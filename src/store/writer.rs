@@ -25,8 +25,12 @@ use crate::{
     },
 };
 
-/// The most jobs of one sync: batches size themselves, this only bounds their memory.
+/// The most jobs taken in one go: batches size themselves, this only bounds their memory.
 const JOBS_MAX: usize = 1_024;
+/// Commits that one sync makes durable: enough that its cost is nothing to each, and little enough that
+/// none waits long for the others. A batch without bounds takes seconds once the writer has fallen
+/// behind, and all who arrive meanwhile make the next one larger.
+const COMMITS_MAX: usize = 2_000;
 /// Entries that a create makes: payment, key, and its place in two lists.
 const ENTRIES: usize = 4;
 /// Entries of `Meta` in a batch at most.
@@ -64,6 +68,27 @@ pub enum Job {
     Close {
         answer: oneshot::Sender<()>,
     },
+}
+
+impl Job {
+    fn commits(&self) -> usize {
+        match self {
+            Self::Commit { commits, .. } => commits.len(),
+            Self::Drop { payments, .. } => payments.len(),
+            Self::Lapse { keys, .. } => keys.len(),
+            Self::Load { .. } | Self::Marks | Self::Close { .. } => 0,
+        }
+    }
+}
+
+/// How many of the jobs go into the next sync: one at least.
+fn fitting(jobs: &[Job]) -> usize {
+    let mut commits = 0;
+    let fits = |job: &&Job| {
+        commits += job.commits();
+        commits <= COMMITS_MAX
+    };
+    jobs.iter().take_while(fits).count().max(1)
 }
 
 /// What one sync is about to make true. Its maps are keyed by what is made here or hashed with our
@@ -106,20 +131,24 @@ impl Writer {
         let _abort = AbortOnPanic;
         let mut jobs = Vec::with_capacity(JOBS_MAX);
         while self.jobs.blocking_recv_many(&mut jobs, JOBS_MAX) > 0 {
-            if !self.batch(&mut jobs) {
-                break;
+            while !jobs.is_empty() {
+                let now = fitting(&jobs);
+                if !self.batch(jobs.drain(..now).collect()) {
+                    // What came after is answered by being dropped: nothing more is taken.
+                    return;
+                }
             }
         }
     }
 
     /// False: no more batches.
-    fn batch(&mut self, jobs: &mut Vec<Job>) -> bool {
-        let mut stage = Stage::with_room_for(jobs);
+    fn batch(&mut self, jobs: Vec<Job>) -> bool {
+        let mut stage = Stage::with_room_for(&jobs);
         let mut waiting: Waiting = Vec::new();
         let mut counts = Vec::new();
         let mut close = None;
         let mut marks = false;
-        for job in jobs.drain(..) {
+        for job in jobs {
             match job {
                 Job::Commit { commits, answer } => {
                     let answers = commits.into_iter().map(|c| self.stage(&mut stage, c)).collect();
@@ -349,13 +378,7 @@ impl Writer {
 impl Stage {
     /// Thousands of entries a batch: grown step by step they would be moved as often.
     fn with_room_for(jobs: &[Job]) -> Self {
-        let commits = |job: &Job| match job {
-            Job::Commit { commits, .. } => commits.len(),
-            Job::Drop { payments, .. } => payments.len(),
-            Job::Lapse { keys, .. } => keys.len(),
-            Job::Load { .. } | Job::Marks | Job::Close { .. } => 0,
-        };
-        let commits = jobs.iter().map(commits).sum();
+        let commits = jobs.iter().map(Job::commits).sum();
         let batch = Batch::with_capacity(commits * ENTRIES + MARKS);
         let mut stage = Self { batch, ..Self::default() };
         stage.revisions.reserve(commits);
@@ -462,4 +485,24 @@ pub mod meta {
     pub const FLOOR: &[u8; 5] = b"floor";
     pub const DUE_FLOOR: &[u8; 9] = b"due_floor";
     pub const COUNTED: &[u8; 7] = b"counted";
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn jobs(sizes: &[usize]) -> Vec<Job> {
+        let job = |size: &usize| Job::Lapse {
+            keys: vec![Vec::new(); *size],
+            answer: oneshot::channel().0,
+        };
+        sizes.iter().map(job).collect()
+    }
+
+    #[test]
+    fn a_sync_takes_what_fits_and_one_job_at_least() {
+        assert_eq!(fitting(&jobs(&[COMMITS_MAX - 1, 1, 1])), 2);
+        assert_eq!(fitting(&jobs(&[COMMITS_MAX + 1, 1])), 1);
+        assert_eq!(fitting(&jobs(&[1, 1, 1])), 3);
+    }
 }
