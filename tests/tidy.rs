@@ -22,6 +22,7 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("healthcheck", &["clock"]),
     ("server", &["log_budget"]),
     ("ops", &[]),
+    ("slot", &[]),
     // The data's way.
     ("store", &["domain", "clock", "faults"]),
     ("courier", &["domain", "clock"]),
@@ -29,9 +30,8 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("driver", &["domain", "store", "clock"]),
     ("scheduler", &["domain", "store", "app", "driver", "clock", "metrics", "faults"]),
     ("outbox", &["domain", "store", "courier", "driver", "clock", "metrics"]),
-    // `edge::Slot`: a held call gives its place back. The one arrow that points back.
-    ("api", &["domain", "store", "app", "edge"]),
-    ("edge", &["api", "domain", "clock", "log_budget", "metrics"]),
+    ("api", &["domain", "store", "app", "slot"]),
+    ("edge", &["api", "domain", "clock", "log_budget", "metrics", "slot"]),
     ("faults", &["domain", "store"]),
     // Above everything: wiring, then running.
     ("service", &["*"]),

@@ -238,7 +238,7 @@ const BOUNDS: &[Bounds] = &[
     ("BIND_ADDRESS", &["::", "::1", "10.0.0.1"], &["*", "1.2.3", "127.0.0.1:80"]),
     ("MAX_IN_FLIGHT", &["1", "1000000"], &["0", "1000001"]),
     ("RUNTIME_THREADS", &["1", "256"], &["0", "257"]),
-    ("DRAIN_DELAY_MS", &["0", "20000"], &["20001", "5s"]),
+    ("DRAIN_DELAY_MS", &["0", "10000"], &["10001", "5s"]),
     ("LOG_LEVEL", &["error", "trace"], &["INFO", "verbose"]),
     (
         "STORE_URL",
