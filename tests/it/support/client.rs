@@ -18,7 +18,10 @@ use tonic_types::StatusExt;
 pub type Client = PaymentServiceClient<legacy::Client<HttpConnector, Body>>;
 
 pub fn client(grpc: SocketAddr) -> Client {
-    let http = legacy::Client::builder(TokioExecutor::new()).http2_only(true).build_http();
+    let mut connector = HttpConnector::new();
+    // As every gRPC client does: otherwise a call waits for the acknowledgement of the one before.
+    connector.set_nodelay(true);
+    let http = legacy::Client::builder(TokioExecutor::new()).http2_only(true).build(connector);
     PaymentServiceClient::with_origin(http, format!("http://{grpc}").parse().unwrap())
 }
 
