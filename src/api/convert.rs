@@ -36,6 +36,8 @@ const ECHO_BYTES: usize = 4 << 10;
 const ECHO_DEPTH: usize = 32;
 /// Whole numbers below 2^53 are exact in a double, and written without a fraction.
 const EXACT_BELOW: f64 = 9_007_199_254_740_992.0;
+/// 9999-12-31T23:59:59Z: no google.protobuf.Timestamp is later, and ids have no room for much more.
+const LAST_SECOND: i64 = 253_402_300_799;
 pub const SIMULATED_DELAY_MAX_S: i32 = 86_400;
 
 /// A request that may carry an idempotency key.
@@ -79,7 +81,12 @@ pub fn key<M: Keyed>(
     found: &mut Violations,
 ) -> Option<Key> {
     let text = std::mem::take(message.key_field());
-    let header = headers.get(KEY_HEADER).map(|value| value.to_str().unwrap_or("\u{0}").to_owned());
+    let mut given = headers.get_all(KEY_HEADER).iter();
+    let header = given.next().map(|value| value.to_str().unwrap_or("\u{0}").to_owned());
+    if given.any(|other| Some(other.as_encoded_bytes()) != header.as_deref().map(str::as_bytes)) {
+        found.add("idempotency_key", "has several idempotency-key headers that differ");
+        return None;
+    }
     let text = match header {
         Some(header) if text.is_empty() => header,
         Some(header) if header != text => {
@@ -114,12 +121,12 @@ pub fn payment_id(text: &str, found: &mut Violations) -> Option<PaymentId> {
     id
 }
 
-/// An optional user id, as look-ups take it.
-pub fn user_id<'a>(text: &'a str, found: &mut Violations) -> Option<&'a str> {
+/// An optional user or reservation id, as look-ups and lists take it.
+pub fn optional_name(field: &str, text: String, found: &mut Violations) -> Option<String> {
     if text.is_empty() {
         return None;
     }
-    found.name("user_id", text);
+    found.name(field, &text);
     Some(text)
 }
 
@@ -324,8 +331,17 @@ fn webhook_url(text: &str, found: &mut Violations) {
     if text.is_empty() {
         return;
     }
+    // The parser is as lenient as a browser: it drops line breaks and spaces and takes any slashes.
+    let strange = |c: char| c.is_control() || c.is_whitespace() || c == '\\';
+    let authority = text.split_once("://").map_or("", |(_, rest)| rest);
     let wrong = match url::Url::parse(text) {
         _ if text.chars().count() > URL_CHARS => Some("has more than 2,048 characters"),
+        _ if text.contains(strange) => {
+            Some("must not have white space, control characters or backslashes")
+        }
+        Ok(_) if authority.is_empty() || authority.starts_with('/') => {
+            Some("must be an absolute http or https URL")
+        }
         Ok(url) if !matches!(url.scheme(), "http" | "https") => Some("must be http or https"),
         Ok(url) if url.host_str().is_none_or(str::is_empty) => Some("names no host"),
         Ok(url) if !url.username().is_empty() || url.password().is_some() => {
@@ -459,9 +475,11 @@ pub fn moment(
         .seconds
         .checked_mul(1_000)
         .and_then(|ms| ms.checked_add(i64::from(wire.nanos) / 1_000_000));
-    let ms = ms.filter(|ms| *ms >= 0 && (0..1_000_000_000).contains(&wire.nanos));
+    let whole =
+        (0..=LAST_SECOND).contains(&wire.seconds) && (0..1_000_000_000).contains(&wire.nanos);
+    let ms = ms.filter(|_| whole);
     if ms.is_none() {
-        found.add(path, "must be a moment since 1970");
+        found.add(path, "must be a moment from 1970 to 9999");
     }
     ms.map(Timestamp::from_ms)
 }

@@ -22,7 +22,7 @@ use crate::{
     domain::{
         ids::PaymentId,
         payment::{Answer, Command, Payment, Refusal, Trace},
-        validation::{NAME_CHARS, Violation, Violations},
+        validation::{Violation, Violations},
     },
     slot::Slot,
     store::{Direction, ListQuery, Remembered, StoreError, Versioned},
@@ -142,7 +142,7 @@ impl PaymentService for Payments {
         request: Request<pb::GetPaymentIntentRequest>,
     ) -> Result<Response<pb::GetPaymentIntentResponse>, Status> {
         let message = request.into_inner();
-        let payment = self.look_up(&message.payment_intent_id, &message.user_id).await?;
+        let payment = self.look_up(&message.payment_intent_id, message.user_id).await?;
         Ok(Response::new(pb::GetPaymentIntentResponse {
             deliveries: convert::deliveries(&payment),
             payment: Some(convert::payment(&payment)),
@@ -154,7 +154,7 @@ impl PaymentService for Payments {
         request: Request<pb::GetPaymentStatusRequest>,
     ) -> Result<Response<pb::GetPaymentStatusResponse>, Status> {
         let message = request.into_inner();
-        let payment = self.look_up(&message.payment_intent_id, &message.user_id).await?;
+        let payment = self.look_up(&message.payment_intent_id, message.user_id).await?;
         let payment = Some(convert::payment(&payment));
         Ok(Response::new(pb::GetPaymentStatusResponse { payment, error: None }))
     }
@@ -257,12 +257,12 @@ impl PaymentService for Payments {
 }
 
 impl Payments {
-    async fn look_up(&self, id: &str, user_id: &str) -> Result<Payment, Status> {
+    async fn look_up(&self, id: &str, user_id: String) -> Result<Payment, Status> {
         let mut found = Violations::default();
         let id = convert::payment_id(id, &mut found);
-        let user_id = convert::user_id(user_id, &mut found);
+        let user_id = convert::optional_name("user_id", user_id, &mut found);
         let id = checked(id, found)?;
-        self.app().get(id, user_id).await.map_err(|error| failure(error).into())
+        self.app().get(id, user_id.as_deref()).await.map_err(|error| failure(error).into())
     }
 
     /// VAT that ProcessPayment brings is part of the payment's amount.
@@ -323,7 +323,7 @@ fn failure(error: app::Error) -> Failure {
                 let failure = Failure::new(Reason::RefundExceedsRemaining, text);
                 failure.with("remaining_amount", left.to_string())
             }
-            Refusal::Invalid { field, why } => Failure::invalid(vec![Violation::new(field, why)]),
+            Refusal::Invalid(bad) => Failure::invalid(bad),
         },
         app::Error::Store(error) => match error {
             StoreError::KeyConflict => Failure::new(Reason::IdempotencyConflict, text),
@@ -380,13 +380,13 @@ impl Listing {
             None => {}
         }
         let cursor = cursor.flatten();
-        let named = |field: &str, name: String, found: &mut Violations| {
-            found.text(field, &name, NAME_CHARS);
-            Some(name).filter(|name| !name.is_empty())
-        };
         let query = ListQuery {
-            user: named("user_id", message.user_id, &mut found),
-            reservation: named("reservation_id", message.reservation_id, &mut found),
+            user: convert::optional_name("user_id", message.user_id, &mut found),
+            reservation: convert::optional_name(
+                "reservation_id",
+                message.reservation_id,
+                &mut found,
+            ),
             status: convert::status_filter("status", message.status, &mut found),
             created_from: convert::moment("created_from", message.created_from, &mut found),
             created_to: convert::moment("created_to", message.created_to, &mut found),
@@ -477,6 +477,9 @@ fn page_size(asked: i32, found: &mut Violations) -> u32 {
 }
 
 fn page_number(pagination: &common::Pagination, size: u32, found: &mut Violations) -> u32 {
+    if !pagination.cursor.is_empty() {
+        return 1;
+    }
     let page = u32::try_from(pagination.page).map(|page| page.max(1));
     match page {
         Ok(page) if page.saturating_mul(size) <= PAGED_MAX => page,

@@ -16,6 +16,7 @@ use super::{
     scenario::{Course, FailureReason, Outcome, Plan},
     time::Timestamp,
     timeline::{Cause, Entry, Kind, Timeline},
+    validation::{Violation, Violations},
 };
 
 /// A payment owes at most so many simulated webhooks at a time.
@@ -253,8 +254,8 @@ pub enum Refusal {
     NoWebhookUrl,
     #[error("the refund exceeds what is left: {left} of amount, {} of VAT", vat_left.unwrap_or(0))]
     RefundExceedsRemaining { left: u64, vat_left: Option<u64> },
-    #[error("{field} {why}")]
-    Invalid { field: &'static str, why: String },
+    #[error("the payment does not allow it")]
+    Invalid(Vec<Violation>),
 }
 
 /// What a command does: the payment to save, where anything changed, and the answer. What was due at
@@ -479,17 +480,19 @@ impl Payment {
         if self.progress.refunds.len() >= REFUNDS_MAX {
             return Err(self.invalid_state("it has had as many refunds as a payment can have"));
         }
-        let amount = self.refund_part("refund_amount.currency", cancel.amount)?;
-        let vat = self.refund_part("refund_vat.currency", cancel.vat)?;
+        let mut found = Violations::default();
+        let amount = self.refund_part("refund_amount.currency", cancel.amount, &mut found);
+        let vat = self.refund_part("refund_vat.currency", cancel.vat, &mut found);
+        found.into_result().map_err(Refusal::Invalid)?;
         let left = Remaining::of(self.terms.amount.amount, self.vat(), &self.progress.refunds);
         let (amount, vat) = left.take(amount, vat).map_err(|error| match error {
             RefundError::Exceeds | RefundError::VatExceeds | RefundError::VatRemains => {
                 Refusal::RefundExceedsRemaining { left: left.amount, vat_left: left.vat }
             }
-            RefundError::NoVat => Refusal::Invalid {
-                field: "refund_vat",
-                why: "must be absent: the payment carries no VAT".to_owned(),
-            },
+            RefundError::NoVat => Refusal::Invalid(vec![Violation::new(
+                "refund_vat",
+                "must be absent: the payment carries no VAT",
+            )]),
         })?;
         let takes_the_rest = amount == left.amount;
         let mut detail = detail("reason", cancel.reason.clone());
@@ -512,14 +515,15 @@ impl Payment {
         &self,
         field: &'static str,
         part: Option<Money>,
-    ) -> Result<Option<u64>, Refusal> {
-        let Some(part) = part else { return Ok(None) };
+        found: &mut Violations,
+    ) -> Option<u64> {
+        let part = part?;
         let currency = self.terms.amount.currency;
-        if part.currency == currency {
-            return Ok(Some(part.amount));
+        if part.currency != currency {
+            let why = format!("is in {:?}; the payment is in {currency:?}", part.currency);
+            found.add(field, why);
         }
-        let why = format!("is in {:?}; the payment is in {currency:?}", part.currency);
-        Err(Refusal::Invalid { field, why })
+        Some(part.amount)
     }
 
     fn simulate_webhook(
