@@ -4,6 +4,8 @@
 //! caller would not learn why. Dropping a handler at its deadline is safe, because a commit outlives the
 //! handler that asked for it.
 
+mod replies;
+
 use std::any::Any;
 use std::cell::Cell;
 use std::convert::Infallible;
@@ -36,6 +38,8 @@ use crate::domain::validation::Violation;
 use crate::log_budget::LogBudget;
 use crate::metrics::{GRPC_METHODS, Metrics, UNKNOWN_METHOD};
 use crate::slot::{ReleaseAtEnd, Slot};
+
+use replies::Untaken;
 
 /// The service that is matched first; everything else goes through tonic's router.
 const PAYMENTS_PREFIX: &str = "/payment.v1.PaymentService/";
@@ -91,12 +95,28 @@ pub struct EdgeLimits {
     pub max_in_flight: usize,
     /// The longest that a handler may take; a caller may want less.
     pub deadline: Duration,
+    /// Bytes of replies that wait for their clients to take them, of all connections and of one. A client
+    /// may ask for 128 lists of 512 KiB each and take none; the connection's share is 16 such lists, and
+    /// a sixteenth of the whole, so that a few such clients do not take the room of the others.
+    pub untaken_max: usize,
+    pub connection_untaken_max: usize,
 }
 
 impl Default for EdgeLimits {
     fn default() -> Self {
-        Self { max_in_flight: 8192, deadline: Duration::from_secs(10) }
+        Self {
+            max_in_flight: 8192,
+            deadline: Duration::from_secs(10),
+            untaken_max: 128 << 20,
+            connection_untaken_max: 8 << 20,
+        }
     }
+}
+
+/// What the requests of one connection share.
+struct Connection {
+    ending: CancellationToken,
+    untaken: Untaken,
 }
 
 /// Everything behind the gRPC port. Clones are handles of one.
@@ -107,6 +127,7 @@ struct Shared<T> {
     routes: Routes,
     limits: EdgeLimits,
     slots: Arc<Semaphore>,
+    untaken: Arc<Semaphore>,
     observe: Arc<dyn Observe>,
     lines: LogBudget,
     faults: LogBudget,
@@ -125,6 +146,7 @@ impl<T: PaymentService> Edge<T> {
             payments: api::payment_server(payments),
             routes: routes.prepare(),
             slots: Arc::new(Semaphore::new(limits.max_in_flight)),
+            untaken: Arc::new(Semaphore::new(limits.untaken_max)),
             limits,
             observe,
             lines: LogBudget::new(LINES_PER_SECOND),
@@ -155,15 +177,16 @@ impl<T: PaymentService> Edge<T> {
         B::Error: Into<Box<dyn Error + Send + Sync>> + Send,
     {
         let edge = self.clone();
+        let untaken = Untaken::new(self.0.limits.connection_untaken_max, &self.0.untaken);
         // Counted by Arc: a token's own clone takes a lock, and only streams want one.
-        let ending = Arc::new(ending);
+        let connection = Arc::new(Connection { ending, untaken });
         service_fn(move |request| {
-            let (edge, ending) = (edge.clone(), Arc::clone(&ending));
-            async move { Ok(edge.answer(request, &ending).await) }
+            let (edge, connection) = (edge.clone(), Arc::clone(&connection));
+            async move { Ok(edge.answer(request, &connection).await) }
         })
     }
 
-    async fn answer<B>(&self, mut request: Request<B>, ending: &CancellationToken) -> Response<Body>
+    async fn answer<B>(&self, mut request: Request<B>, connection: &Connection) -> Response<Body>
     where
         B: http_body::Body<Data = Bytes> + Send + 'static,
         B::Error: Into<Box<dyn Error + Send + Sync>> + Send,
@@ -174,13 +197,13 @@ impl<T: PaymentService> Edge<T> {
         let stream = STREAMS.contains(&path);
         let mut account = Account::open(&self.0, labels(path), trace);
 
-        let response = match self.handle(request, stream).await {
+        let response = match self.handle(request, stream, &connection.untaken).await {
             Ok(response) => in_our_words(response),
             Err(refusal) => refusal.into_response(),
         };
         account.close(&response);
         if stream {
-            response.map(|body| Body::new(Ending::new(body, ending.clone())))
+            response.map(|body| Body::new(Ending::new(body, connection.ending.clone())))
         } else {
             response
         }
@@ -190,6 +213,7 @@ impl<T: PaymentService> Edge<T> {
         &self,
         mut request: Request<B>,
         stream: bool,
+        untaken: &Untaken,
     ) -> Result<Response<Body>, Refusal>
     where
         B: http_body::Body<Data = Bytes> + Send + 'static,
@@ -197,6 +221,9 @@ impl<T: PaymentService> Edge<T> {
     {
         check_protocol(&request)?;
         let wanted = grpc_timeout(request.headers())?;
+        if !untaken.has_room() {
+            return Err(too_much_untaken());
+        }
         // Health needs none; for the rest it is held until the handler has ended, however it ends.
         let _place = if request.uri().path().starts_with(HEALTH_PREFIX) {
             None
@@ -205,17 +232,18 @@ impl<T: PaymentService> Edge<T> {
             request.extensions_mut().insert(slot.clone());
             Some(ReleaseAtEnd(slot))
         };
-        let handler = survive(self.route(request));
         let handled = if stream {
-            handler.await
+            survive(self.route(request)).await.map(Ok)
         } else {
             let deadline = wanted.map_or(self.0.limits.deadline, |w| w.min(self.0.limits.deadline));
+            let handler = survive(async { untaken.count(self.route(request).await).await });
             timeout(deadline, handler).await.map_err(|_elapsed| too_late(deadline))?
         };
-        handled.map_err(|panic| {
+        let response = handled.map_err(|panic| {
             self.0.observe.panicked();
             Refusal::from(Failure::internal(format!("a handler panicked: {panic}")))
-        })
+        })?;
+        response.map_err(|replies::NoRoom| too_much_untaken())
     }
 
     async fn route<B>(&self, request: Request<B>) -> Response<Body>
@@ -257,6 +285,11 @@ impl Refusal {
 
 fn overloaded() -> Refusal {
     Failure::new(Reason::Overloaded, "too many requests in flight").into()
+}
+
+fn too_much_untaken() -> Refusal {
+    let text = "too much of earlier replies has not been taken yet";
+    Failure::new(Reason::Overloaded, text).into()
 }
 
 fn too_late(deadline: Duration) -> Refusal {

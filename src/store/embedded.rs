@@ -12,7 +12,7 @@ use std::{
 };
 
 use async_trait::async_trait;
-use tokio::sync::{Notify, mpsc, oneshot, watch};
+use tokio::sync::{Notify, Semaphore, mpsc, oneshot, watch};
 
 use super::{
     Backlog, Commit, Committed, Health, Lease, ListQuery, OnCommit, OpenError, Page, Remembered,
@@ -38,6 +38,10 @@ use crate::{
 const JOBS_MAX: usize = 32_768;
 /// Open payments in memory, about 300 bytes each; beyond it creates are refused.
 const OPEN_MAX: usize = 1_000_000;
+
+/// Lists read at a time; the rest wait their turn until their deadline. Each may hold a page of the
+/// largest payments, 6 MiB, and the disk gives no more when more of them ask.
+const LISTS_MAX: usize = 8;
 
 /// How long things are kept.
 #[derive(Clone, Copy, Debug)]
@@ -83,6 +87,7 @@ pub struct Embedded {
     shared: Arc<Shared>,
     counters: Arc<Counters>,
     newest: Option<PaymentId>,
+    lists: Arc<Semaphore>,
     jobs: mpsc::Sender<Job>,
     janitor: Janitor,
     writer: Mutex<Option<JoinHandle<()>>>,
@@ -128,6 +133,7 @@ impl Embedded {
             shared,
             counters: Arc::default(),
             newest: opened.marks.newest,
+            lists: Arc::new(Semaphore::new(LISTS_MAX)),
             jobs,
             janitor: janitor.map_err(io)?,
             writer: Mutex::new(Some(writer)),
@@ -400,9 +406,13 @@ impl Store for Embedded {
 
     async fn list(&self, query: ListQuery) -> Result<Page, StoreError> {
         let shared = Arc::clone(&self.shared);
+        // Held by the thread: it goes on reading when nobody waits for it any more.
+        let turn = Arc::clone(&self.lists).acquire_owned().await;
+        let turn = turn.map_err(|_closed| StoreError::Unavailable)?;
         // A page reads up to 10,000 payments: not on a thread that serves requests.
-        tokio::task::spawn_blocking(move || lists::list(&shared, &query))
+        tokio::task::spawn_blocking(move || (lists::list(&shared, &query), turn))
             .await
+            .map(|(page, _turn)| page)
             .unwrap_or(Err(StoreError::Unavailable))
     }
 

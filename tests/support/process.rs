@@ -139,6 +139,11 @@ impl Service {
         let _ = self.child.wait();
     }
 
+    /// The process's number; that of what it runs under, where there is such a thing.
+    pub fn id(&self) -> u32 {
+        self.child.id()
+    }
+
     fn pid(&self) -> Pid {
         Pid::from_child(&self.child)
     }
