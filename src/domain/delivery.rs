@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-use super::{payment::Status, scenario::FailureReason, time::Timestamp};
+use super::{scenario::FailureReason, status::Status, time::Timestamp};
 
 /// How many attempts of a delivery are kept, the newest.
 pub const ATTEMPTS_KEPT: usize = 20;

@@ -9,6 +9,7 @@ pub mod payment;
 pub mod refund;
 pub mod scenario;
 pub mod signature;
+pub mod status;
 pub mod time;
 pub mod timeline;
 pub mod validation;

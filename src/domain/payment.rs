@@ -14,6 +14,7 @@ use super::{
     money::Money,
     refund::{REFUNDS_MAX, Refund, RefundError, Remaining},
     scenario::{Course, FailureReason, Outcome, Plan},
+    status::Status,
     time::Timestamp,
     timeline::{Cause, Entry, Kind, Timeline},
     validation::{Violation, Violations},
@@ -74,37 +75,6 @@ pub struct Trace {
     pub trace_id: [u8; 16],
     pub parent_span: [u8; 8],
     pub sampled: bool,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
-pub enum Status {
-    Pending,
-    Processing,
-    Completed,
-    Failed,
-    Cancelled,
-    Refunded,
-    Expired,
-}
-
-impl Status {
-    /// The name on the wire (`payment.v1.PaymentStatus`).
-    pub const fn as_str(self) -> &'static str {
-        match self {
-            Self::Pending => "PAYMENT_STATUS_PENDING",
-            Self::Processing => "PAYMENT_STATUS_PROCESSING",
-            Self::Completed => "PAYMENT_STATUS_COMPLETED",
-            Self::Failed => "PAYMENT_STATUS_FAILED",
-            Self::Cancelled => "PAYMENT_STATUS_CANCELLED",
-            Self::Refunded => "PAYMENT_STATUS_REFUNDED",
-            Self::Expired => "PAYMENT_STATUS_EXPIRED",
-        }
-    }
-
-    /// The name without its prefix, as labels and messages say it.
-    pub fn short(self) -> &'static str {
-        self.as_str().trim_start_matches("PAYMENT_STATUS_")
-    }
 }
 
 /// Data lives in the state that has it.

@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::{payment::Status, time::Timestamp};
+use super::{status::Status, time::Timestamp};
 
 /// Past this the oldest entries that are no status change go, and are counted.
 pub const TIMELINE_MAX: usize = 200;

@@ -9,8 +9,9 @@ use crate::{
         delivery::{Attempt, Attempted, Channel, RetryPolicy, Verdict},
         event,
         money::{Currency, Money},
-        payment::{Cancel, Command, Method, Status, Terms, Trace},
+        payment::{Cancel, Command, Method, Terms, Trace},
         scenario::{DrawKey, Plan, Scenario, Settings},
+        status::Status,
     },
 };
 

@@ -8,7 +8,6 @@ use std::{
         atomic::{AtomicBool, AtomicU64, Ordering},
     },
     thread::JoinHandle,
-    time::Duration,
 };
 
 use async_trait::async_trait;
@@ -17,18 +16,18 @@ use tokio::sync::{Notify, Semaphore, mpsc, oneshot, watch};
 use super::{
     Backlog, Commit, Committed, Health, Lease, ListQuery, OnCommit, OpenError, Page, Remembered,
     Store, StoreError, Versioned, Work,
-    book::{Book, Dues, Releases},
+    book::{Book, Releases},
     draws::{Counters, Draw},
     janitor::Janitor,
     lists, record,
-    tables::{Batch, Span, Table, Tables, TablesError, Visit},
+    shared::{Retention, Shared},
+    tables::{Batch, Span, Table, Tables, TablesError},
     writer::{Answers, Job, Marks, Writer, meta},
 };
 use crate::{
     clock::Clock,
     domain::{
         ids::{KeyHash, PaymentId, StoreSecret},
-        payment::Terms,
         time::Timestamp,
     },
 };
@@ -43,44 +42,12 @@ const OPEN_MAX: usize = 1_000_000;
 /// largest payments, 6 MiB, and the disk gives no more when more of them ask.
 const LISTS_MAX: usize = 8;
 
-/// How long things are kept.
-#[derive(Clone, Copy, Debug)]
-pub struct Retention {
-    /// A settled payment, after its last change.
-    pub payments: Duration,
-    pub idempotency: Duration,
-    /// `None`: no cap.
-    pub payments_max: Option<u64>,
-}
-
-impl Retention {
-    /// A payment outlives its key.
-    pub fn keep(&self) -> Duration {
-        self.payments.max(self.idempotency)
-    }
-}
-
 pub struct Options {
     pub retention: Retention,
     pub clock: Arc<dyn Clock>,
     pub on_commit: OnCommit,
     /// Called with how many payments the cap made go before their time.
     pub on_dropped_early: Arc<dyn Fn(u64) + Send + Sync>,
-}
-
-/// What the writer, the janitor and the readers share.
-pub struct Shared {
-    pub tables: Arc<dyn Tables>,
-    pub book: Arc<Book>,
-    pub secret: StoreSecret,
-    pub retention: Retention,
-    pub on_commit: OnCommit,
-    /// The last commit that is on the disk.
-    pub sequence: AtomicU64,
-    pub payments: AtomicU64,
-    pub full: AtomicBool,
-    pub open_max: usize,
-    failed: watch::Sender<bool>,
 }
 
 pub struct Embedded {
@@ -218,148 +185,6 @@ fn count(tables: &dyn Tables) -> Result<(u64, Option<PaymentId>), String> {
         })
         .map_err(text)?;
     Ok((payments, newest))
-}
-
-impl Shared {
-    pub fn health(&self) -> Health {
-        if *self.failed.borrow() {
-            Health::Failed
-        } else if self.full.load(Ordering::Relaxed) {
-            Health::Full
-        } else {
-            Health::Good
-        }
-    }
-
-    /// After this nothing is acknowledged any more.
-    pub fn fail(&self, error: &TablesError) {
-        tracing::error!(%error, "a commit failed; nothing more is acknowledged");
-        self.failed.send_replace(true);
-    }
-
-    pub fn read(&self, table: Table, key: &[u8]) -> Result<Option<Vec<u8>>, StoreError> {
-        self.tables.get(table, key).map_err(|error| {
-            tracing::error!(%error, table = table.name(), "a read failed");
-            StoreError::Unavailable
-        })
-    }
-
-    pub fn scan(&self, table: Table, span: Span, visit: Visit<'_>) -> Result<(), StoreError> {
-        self.tables.scan(table, span, visit).map_err(|error| {
-            tracing::error!(%error, table = table.name(), "a scan failed");
-            StoreError::Unavailable
-        })
-    }
-
-    pub fn get(&self, id: PaymentId) -> Result<Option<Versioned>, StoreError> {
-        // State first: where the payment is dropped in between, there is nothing, not half of it.
-        let state = self.read(Table::State, id.bytes())?;
-        let Some(terms) = self.read(Table::Payment, id.bytes())? else { return Ok(None) };
-        record::payment(&terms, state.as_deref()).map(Some)
-    }
-
-    pub fn remembered(
-        &self,
-        key: KeyHash,
-        now: Timestamp,
-    ) -> Result<Option<Remembered>, StoreError> {
-        match self.created(key, now)? {
-            Some(created) => Ok(Some(created)),
-            None => self.replied(key, now),
-        }
-    }
-
-    /// What is known under the key of a create.
-    pub fn created(&self, key: KeyHash, now: Timestamp) -> Result<Option<Remembered>, StoreError> {
-        let Some(bytes) = self.read(Table::Key, &key.0)? else { return Ok(None) };
-        let (request, id) = record::read_created(&bytes)?;
-        Ok(self.lives(id.made_at(), now).then_some(Remembered::Created { request, id }))
-    }
-
-    /// What is known under the key of any other call.
-    pub fn replied(&self, key: KeyHash, now: Timestamp) -> Result<Option<Remembered>, StoreError> {
-        let Some(bytes) = self.read(Table::Reply, &key.0)? else { return Ok(None) };
-        let (request, at, bytes) = record::read_reply(&bytes)?;
-        Ok(self.lives(at, now).then_some(Remembered::Replied { request, bytes }))
-    }
-
-    fn lives(&self, since: Timestamp, now: Timestamp) -> bool {
-        now.since(since) < self.retention.idempotency
-    }
-
-    /// The payment that a create's key now belongs to.
-    pub fn owner_of(&self, key: KeyHash) -> Option<PaymentId> {
-        let bytes = self.read(Table::Key, &key.0).ok().flatten()?;
-        record::read_created(&bytes).ok().map(|(_, id)| id)
-    }
-
-    /// When the reply under a key was stored.
-    pub fn replied_at(&self, key: KeyHash) -> Option<Timestamp> {
-        let bytes = self.read(Table::Reply, &key.0).ok().flatten()?;
-        record::read_reply(&bytes).ok().map(|(_, at, _)| at)
-    }
-
-    /// The names under which a payment is listed, hashed.
-    pub fn index_names(&self, terms: &Terms) -> [[u8; 8]; 2] {
-        [self.user_name(&terms.user_id), self.reservation_name(&terms.reservation_id)]
-    }
-
-    pub fn user_name(&self, user: &str) -> [u8; 8] {
-        self.name(b"user", user)
-    }
-
-    pub fn reservation_name(&self, reservation: &str) -> [u8; 8] {
-        self.name(b"reservation", reservation)
-    }
-
-    fn name(&self, kind: &[u8], name: &str) -> [u8; 8] {
-        let tag = self.secret.tag(kind, &[name.as_bytes()]);
-        tag[..8].try_into().expect("8 of 16 bytes")
-    }
-
-    /// Fills the book from a scan of the payments that may be open.
-    fn rebuild(&self, floor: Option<PaymentId>) -> Result<(), StoreError> {
-        let from = floor.map_or(Bound::Unbounded, |id| Bound::Included(id.bytes().to_vec()));
-        let mut problem = None;
-        let span = Span::forwards(from, Bound::Unbounded);
-        self.scan(Table::Payment, span, &mut |key, terms| {
-            let state = self.read(Table::State, key);
-            match state.and_then(|state| record::payment(terms, state.as_deref())) {
-                Ok(Versioned { payment, .. }) => {
-                    let dues = Dues::of(&payment);
-                    if dues.earliest().is_some() {
-                        self.book.note([(payment.terms.id, payment.terms.created_at, dues)]);
-                    }
-                    ControlFlow::Continue(())
-                }
-                Err(error) => {
-                    problem = Some(error);
-                    ControlFlow::Break(())
-                }
-            }
-        })?;
-        problem.map_or(Ok(()), Err)
-    }
-
-    /// Brings payments whose entry in `Due` lies in the range into the book.
-    pub fn load(&self, from: Timestamp, to: Timestamp) -> Result<(), StoreError> {
-        let key = |at| record::timed_key(at, &[0; 16]);
-        let span = Span::forwards(Bound::Included(key(from)), Bound::Excluded(key(to.plus_ms(1))));
-        let mut entries = Vec::new();
-        self.scan(Table::Due, span, &mut |key, _| {
-            entries.push(record::read_timed_key(key));
-            ControlFlow::Continue(())
-        })?;
-        self.book.has_read(to);
-        for entry in entries {
-            let (_, id) = entry?;
-            if let Some(Versioned { payment, .. }) = self.get(PaymentId::from_bytes(id))? {
-                let terms = &payment.terms;
-                self.book.note([(terms.id, terms.created_at, Dues::of(&payment))]);
-            }
-        }
-        Ok(())
-    }
 }
 
 impl Embedded {

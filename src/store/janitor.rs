@@ -14,9 +14,8 @@ use std::{
 use tokio::sync::{mpsc, oneshot};
 
 use super::{
-    Health, StoreError, Versioned,
-    embedded::Shared,
-    record,
+    Health, StoreError, Versioned, record,
+    shared::Shared,
     tables::{Span, Table},
     writer::{AbortOnPanic, Job},
 };

@@ -4,16 +4,11 @@
 use std::ops::{Bound, ControlFlow};
 
 use super::{
-    StoreError, Versioned,
-    embedded::Shared,
-    record,
+    StoreError, Versioned, record,
+    shared::Shared,
     tables::{Span, Table},
 };
-use crate::domain::{
-    ids::PaymentId,
-    payment::{Payment, Status},
-    time::Timestamp,
-};
+use crate::domain::{ids::PaymentId, payment::Payment, status::Status, time::Timestamp};
 
 /// Every page looks at so many payments at the most, whatever the filter.
 pub const EXAMINED_MAX: usize = 10_000;

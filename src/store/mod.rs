@@ -11,6 +11,7 @@ mod janitor;
 mod lists;
 mod memory;
 mod record;
+mod shared;
 mod tables;
 mod writer;
 
@@ -27,8 +28,9 @@ use async_trait::async_trait;
 pub use self::{
     book::{Lease, Releases},
     draws::Draw,
-    embedded::{Embedded, Options, Retention},
+    embedded::{Embedded, Options},
     lists::{Direction, ListQuery, Page},
+    shared::Retention,
 };
 use crate::domain::{
     ids::{Idempotency, KeyHash, PaymentId, RequestHash, StoreSecret},

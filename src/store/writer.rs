@@ -12,8 +12,8 @@ use tokio::sync::{mpsc, oneshot};
 use super::{
     Change, Commit, Committed, Health, Remembered, Reply, Revision, StoreError,
     book::{Dues, Floors},
-    embedded::Shared,
     record,
+    shared::Shared,
     tables::{Batch, Table},
 };
 use crate::{

@@ -1,0 +1,197 @@
+//! What the writer, the janitor and the readers share: the tables, the book, and how to read records.
+
+use std::{
+    ops::{Bound, ControlFlow},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+    },
+    time::Duration,
+};
+
+use tokio::sync::watch;
+
+use super::{
+    Health, OnCommit, Remembered, StoreError, Versioned,
+    book::{Book, Dues},
+    record,
+    tables::{Span, Table, Tables, TablesError, Visit},
+};
+use crate::domain::{
+    ids::{KeyHash, PaymentId, StoreSecret},
+    payment::Terms,
+    time::Timestamp,
+};
+
+/// How long things are kept.
+#[derive(Clone, Copy, Debug)]
+pub struct Retention {
+    /// A settled payment, after its last change.
+    pub payments: Duration,
+    pub idempotency: Duration,
+    /// `None`: no cap.
+    pub payments_max: Option<u64>,
+}
+
+impl Retention {
+    /// A payment outlives its key.
+    pub fn keep(&self) -> Duration {
+        self.payments.max(self.idempotency)
+    }
+}
+
+pub struct Shared {
+    pub tables: Arc<dyn Tables>,
+    pub book: Arc<Book>,
+    pub secret: StoreSecret,
+    pub retention: Retention,
+    pub on_commit: OnCommit,
+    /// The last commit that is on the disk.
+    pub sequence: AtomicU64,
+    pub payments: AtomicU64,
+    pub full: AtomicBool,
+    pub open_max: usize,
+    pub failed: watch::Sender<bool>,
+}
+
+impl Shared {
+    pub fn health(&self) -> Health {
+        if *self.failed.borrow() {
+            Health::Failed
+        } else if self.full.load(Ordering::Relaxed) {
+            Health::Full
+        } else {
+            Health::Good
+        }
+    }
+
+    /// After this nothing is acknowledged any more.
+    pub fn fail(&self, error: &TablesError) {
+        tracing::error!(%error, "a commit failed; nothing more is acknowledged");
+        self.failed.send_replace(true);
+    }
+
+    pub fn read(&self, table: Table, key: &[u8]) -> Result<Option<Vec<u8>>, StoreError> {
+        self.tables.get(table, key).map_err(|error| {
+            tracing::error!(%error, table = table.name(), "a read failed");
+            StoreError::Unavailable
+        })
+    }
+
+    pub fn scan(&self, table: Table, span: Span, visit: Visit<'_>) -> Result<(), StoreError> {
+        self.tables.scan(table, span, visit).map_err(|error| {
+            tracing::error!(%error, table = table.name(), "a scan failed");
+            StoreError::Unavailable
+        })
+    }
+
+    pub fn get(&self, id: PaymentId) -> Result<Option<Versioned>, StoreError> {
+        // State first: where the payment is dropped in between, there is nothing, not half of it.
+        let state = self.read(Table::State, id.bytes())?;
+        let Some(terms) = self.read(Table::Payment, id.bytes())? else { return Ok(None) };
+        record::payment(&terms, state.as_deref()).map(Some)
+    }
+
+    pub fn remembered(
+        &self,
+        key: KeyHash,
+        now: Timestamp,
+    ) -> Result<Option<Remembered>, StoreError> {
+        match self.created(key, now)? {
+            Some(created) => Ok(Some(created)),
+            None => self.replied(key, now),
+        }
+    }
+
+    /// What is known under the key of a create.
+    pub fn created(&self, key: KeyHash, now: Timestamp) -> Result<Option<Remembered>, StoreError> {
+        let Some(bytes) = self.read(Table::Key, &key.0)? else { return Ok(None) };
+        let (request, id) = record::read_created(&bytes)?;
+        Ok(self.lives(id.made_at(), now).then_some(Remembered::Created { request, id }))
+    }
+
+    /// What is known under the key of any other call.
+    pub fn replied(&self, key: KeyHash, now: Timestamp) -> Result<Option<Remembered>, StoreError> {
+        let Some(bytes) = self.read(Table::Reply, &key.0)? else { return Ok(None) };
+        let (request, at, bytes) = record::read_reply(&bytes)?;
+        Ok(self.lives(at, now).then_some(Remembered::Replied { request, bytes }))
+    }
+
+    fn lives(&self, since: Timestamp, now: Timestamp) -> bool {
+        now.since(since) < self.retention.idempotency
+    }
+
+    /// The payment that a create's key now belongs to.
+    pub fn owner_of(&self, key: KeyHash) -> Option<PaymentId> {
+        let bytes = self.read(Table::Key, &key.0).ok().flatten()?;
+        record::read_created(&bytes).ok().map(|(_, id)| id)
+    }
+
+    /// When the reply under a key was stored.
+    pub fn replied_at(&self, key: KeyHash) -> Option<Timestamp> {
+        let bytes = self.read(Table::Reply, &key.0).ok().flatten()?;
+        record::read_reply(&bytes).ok().map(|(_, at, _)| at)
+    }
+
+    /// The names under which a payment is listed, hashed.
+    pub fn index_names(&self, terms: &Terms) -> [[u8; 8]; 2] {
+        [self.user_name(&terms.user_id), self.reservation_name(&terms.reservation_id)]
+    }
+
+    pub fn user_name(&self, user: &str) -> [u8; 8] {
+        self.name(b"user", user)
+    }
+
+    pub fn reservation_name(&self, reservation: &str) -> [u8; 8] {
+        self.name(b"reservation", reservation)
+    }
+
+    fn name(&self, kind: &[u8], name: &str) -> [u8; 8] {
+        let tag = self.secret.tag(kind, &[name.as_bytes()]);
+        tag[..8].try_into().expect("8 of 16 bytes")
+    }
+
+    /// Fills the book from a scan of the payments that may be open.
+    pub fn rebuild(&self, floor: Option<PaymentId>) -> Result<(), StoreError> {
+        let from = floor.map_or(Bound::Unbounded, |id| Bound::Included(id.bytes().to_vec()));
+        let mut problem = None;
+        let span = Span::forwards(from, Bound::Unbounded);
+        self.scan(Table::Payment, span, &mut |key, terms| {
+            let state = self.read(Table::State, key);
+            match state.and_then(|state| record::payment(terms, state.as_deref())) {
+                Ok(Versioned { payment, .. }) => {
+                    let dues = Dues::of(&payment);
+                    if dues.earliest().is_some() {
+                        self.book.note([(payment.terms.id, payment.terms.created_at, dues)]);
+                    }
+                    ControlFlow::Continue(())
+                }
+                Err(error) => {
+                    problem = Some(error);
+                    ControlFlow::Break(())
+                }
+            }
+        })?;
+        problem.map_or(Ok(()), Err)
+    }
+
+    /// Brings payments whose entry in `Due` lies in the range into the book.
+    pub fn load(&self, from: Timestamp, to: Timestamp) -> Result<(), StoreError> {
+        let key = |at| record::timed_key(at, &[0; 16]);
+        let span = Span::forwards(Bound::Included(key(from)), Bound::Excluded(key(to.plus_ms(1))));
+        let mut entries = Vec::new();
+        self.scan(Table::Due, span, &mut |key, _| {
+            entries.push(record::read_timed_key(key));
+            ControlFlow::Continue(())
+        })?;
+        self.book.has_read(to);
+        for entry in entries {
+            let (_, id) = entry?;
+            if let Some(Versioned { payment, .. }) = self.get(PaymentId::from_bytes(id))? {
+                let terms = &payment.terms;
+                self.book.note([(terms.id, terms.created_at, Dues::of(&payment))]);
+            }
+        }
+        Ok(())
+    }
+}
