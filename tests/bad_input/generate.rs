@@ -3,9 +3,7 @@
 
 use bytes::Bytes;
 use prost::Message;
-use prost_reflect::{
-    DynamicMessage, FieldDescriptor, Kind, MapKey, MessageDescriptor, ReflectMessage, Value,
-};
+use prost_reflect::{DynamicMessage, FieldDescriptor, Kind, MapKey, MessageDescriptor, Value};
 
 use crate::{
     oracle::{
@@ -96,7 +94,8 @@ fn subjects(webhook_url: &str) -> Vec<Subject> {
         walk(&request, "", &[], &mut leaves, &mut nests);
         let mut found: Vec<&str> = leaves.iter().map(|leaf| leaf.path.as_str()).collect();
         let mut known = paths.to_vec();
-        (found.sort_unstable(), known.sort_unstable());
+        found.sort_unstable();
+        known.sort_unstable();
         assert_eq!(found, known, "{method}: the fields, and those that a rule speaks of");
         Subject { method, request, good: message, leaves, nests }
     });

@@ -218,10 +218,10 @@ fn afterwards(method: &str, asked: &Asked<'_>) -> Expected {
     }
     let mut found = Found::default();
     match method {
-        "GetPaymentIntent" | "GetPaymentStatus" => {
-            if !["", OWNER].contains(&asked.text("user_id").as_str()) {
-                return Expected::Reason("NOT_YOURS");
-            }
+        "GetPaymentIntent" | "GetPaymentStatus"
+            if !["", OWNER].contains(&asked.text("user_id").as_str()) =>
+        {
+            return Expected::Reason("NOT_YOURS");
         }
         "ProcessPayment" => vat_of(asked, AMOUNT, CURRENCY, &mut found),
         "CancelPayment" => {
