@@ -40,7 +40,8 @@ build: ## release build into bin/
 test: ## every test, with a short crash test; sets up .venv and .tools itself
 	$(WITH_TOOLS) cargo test --locked
 	CRASH_CYCLES=3 $(WITH_TOOLS) cargo test --locked --features faults --test crash
-	$(WITH_TOOLS) sh -c 'if [ -n "$$PAYMENT_SIM_VENV" ]; then python -m pytest tests/py; else echo "skipped: tests/py, there is no .venv"; fi'
+	cargo build --locked
+	PAYMENT_SIM_BIN=$(TARGET_DIR)/debug/payment-sim $(WITH_TOOLS) sh -c 'if [ -n "$$PAYMENT_SIM_VENV" ]; then python -m pytest tests/py; else echo "skipped: tests/py, there is no .venv"; fi'
 
 .PHONY: lint
 lint: ## formatting, clippy, rustdoc, protocol, dependencies, Dockerfile, YAML, scripts

@@ -51,6 +51,13 @@ impl Launch {
         self
     }
 
+    /// Leaves a setting to its default.
+    #[must_use]
+    pub fn without(mut self, name: &str) -> Self {
+        self.settings.retain(|(known, _)| *known != name);
+        self
+    }
+
     /// Starts it under another program, which gets its path as the last argument.
     #[must_use]
     pub fn under(mut self, wrapper: &[&str]) -> Self {
