@@ -4,6 +4,7 @@ use std::{
     fs::{self, File},
     io::{self, Write},
     ops::ControlFlow,
+    panic::{AssertUnwindSafe, catch_unwind},
     path::{Path, PathBuf},
 };
 
@@ -53,11 +54,19 @@ impl Disk {
             fjall::Error::Io(source) => OpenError::Io { path: folder.to_owned(), source },
             error => OpenError::Corrupt { path: folder.to_owned(), why: error.to_string() },
         };
-        let database = Database::builder(&engine)
-            .cache_size(CACHE_BYTES)
-            .max_journaling_size(JOURNAL_BYTES)
-            .worker_threads(WORKER_THREADS)
-            .open()
+        let open = || {
+            Database::builder(&engine)
+                .cache_size(CACHE_BYTES)
+                .max_journaling_size(JOURNAL_BYTES)
+                .worker_threads(WORKER_THREADS)
+                .open()
+        };
+        // Some damage makes the engine panic instead. Unwind safe: of what panicked nothing is kept.
+        let database = catch_unwind(AssertUnwindSafe(open))
+            .map_err(|_panic| OpenError::Corrupt {
+                path: folder.to_owned(),
+                why: "the engine panicked over what it found".to_owned(),
+            })?
             .map_err(broken)?;
         let keyspaces = Table::ALL
             .into_iter()

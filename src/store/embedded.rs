@@ -84,7 +84,11 @@ impl Embedded {
         });
         let corrupt = |error: StoreError| OpenError::Corrupt {
             path: path.to_owned(),
-            why: error.to_string(),
+            why: match error {
+                StoreError::Corrupt(why) => why,
+                // Why is in the log, with the table.
+                _ => "some of what is stored cannot be read".to_owned(),
+            },
         };
         shared.rebuild(opened.marks.payment).map_err(corrupt)?;
         if let Some((from, to)) = shared.book.unread(now) {

@@ -136,7 +136,7 @@ pub enum OpenError {
     Locked { path: PathBuf },
     #[error("{}: has format {found}; this version reads up to {known}: use the version that wrote it, or newer", path.display())]
     NewerFormat { path: PathBuf, found: u32, known: u32 },
-    #[error("{}: is damaged and was left untouched: {why}", path.display())]
+    #[error("{}: is damaged: {why}", path.display())]
     Corrupt { path: PathBuf, why: String },
     #[error("{}: {source}", path.display())]
     Io { path: PathBuf, source: std::io::Error },

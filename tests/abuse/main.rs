@@ -8,7 +8,7 @@ mod support;
 use std::{
     sync::{
         Arc,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
     time::Duration,
 };
@@ -19,12 +19,9 @@ use frames::{
     NEWEST, PING, PREFACE, PRIORITY, Peer, SETTINGS, Seen, block, call, frame, indexed, message,
     reset, settings,
 };
-use payment_sim::{
-    api::pb::{
-        common::v1::{Money, Pagination},
-        payment::v1::{CreatePaymentIntentRequest, GetPaymentIntentRequest, ListPaymentsRequest},
-    },
-    clock::Stopwatch,
+use payment_sim::api::pb::{
+    common::v1::{Money, Pagination},
+    payment::v1::{CreatePaymentIntentRequest, GetPaymentIntentRequest, ListPaymentsRequest},
 };
 use support::{
     Client,
@@ -57,6 +54,8 @@ struct Bed {
     service: Service,
     calls: Arc<AtomicU64>,
     stop: CancellationToken,
+    /// The healthy pause.
+    rest: Arc<AtomicBool>,
     callers: JoinSet<Result<(), Status>>,
     _folder: tempfile::TempDir,
 }
@@ -72,12 +71,13 @@ impl Bed {
         let mut service = launch.start();
         service.ready(SOON).await.expect("a service");
         let (calls, stop) = (Arc::<AtomicU64>::default(), CancellationToken::new());
-        let mut callers = JoinSet::new();
+        let (mut callers, rest) = (JoinSet::new(), Arc::<AtomicBool>::default());
         for n in 0..CALLERS {
             let client = client(launch.grpc_port);
-            callers.spawn(call_on(client, n, Arc::clone(&calls), stop.clone()));
+            let calls = Arc::clone(&calls);
+            callers.spawn(call_on(client, n, calls, stop.clone(), Arc::clone(&rest)));
         }
-        let mut bed = Self { launch, service, calls, stop, callers, _folder: folder };
+        let mut bed = Self { launch, service, calls, stop, rest, callers, _folder: folder };
         bed.more_calls().await;
         bed
     }
@@ -120,9 +120,14 @@ async fn call_on(
     caller: usize,
     calls: Arc<AtomicU64>,
     stop: CancellationToken,
+    rest: Arc<AtomicBool>,
 ) -> Result<(), Status> {
     let mut n = 0;
     while !stop.is_cancelled() {
+        if rest.load(Ordering::Relaxed) {
+            sleep(Duration::from_millis(5)).await;
+            continue;
+        }
         let id = create(&mut client, &format!("healthy-{caller}-{n}"), 0).await?;
         let request = GetPaymentIntentRequest { payment_intent_id: id, ..Default::default() };
         client.get_payment_intent(request).await?;
@@ -319,7 +324,10 @@ async fn header_bombs() {
         packed.send(&frame(HEADERS, END_HEADERS | END_STREAM, id, &fields)).await;
     }
     sleep(ABUSE).await;
-    println!("plain {:?}\npacked {:?}", plain.seen(), packed.seen());
+    let (plain, packed) = (plain.seen(), packed.seen());
+    println!("plain {plain:?}\npacked {packed:?}");
+    // 431 for the one, and the end for the other.
+    assert!(packed.closed);
     bed.unharmed().await;
 }
 
@@ -417,11 +425,18 @@ async fn no_descriptors_left() {
         peers.push(Peer::silent(bed.port()).await);
     }
     sleep(Duration::from_millis(500)).await;
-    let (before, watch) = (processor_time(&bed.service), Stopwatch::start());
-    bed.calls.store(0, Ordering::Relaxed);
+    bed.more_calls().await;
+    // A spin takes a whole processor; resting, with nobody calling, next to nothing.
+    bed.rest.store(true, Ordering::Relaxed);
+    sleep(Duration::from_millis(200)).await;
+    let before = processor_time(&bed.service);
     sleep(ABUSE).await;
     let used = processor_time(&bed.service) - before;
-    println!("{used:?} of {:?} with {} calls", watch.elapsed(), bed.calls.load(Ordering::Relaxed));
+    println!("{used:?} of {ABUSE:?}");
+    assert!(used < ABUSE / 4, "{used:?}");
+    let log = std::fs::read_to_string(bed.launch.log()).expect("a log");
+    assert!(log.contains("accepting rests"), "it ran out of descriptors: {log}");
+    bed.rest.store(false, Ordering::Relaxed);
     bed.more_calls().await;
     drop(peers);
     let mut newcomer = client(bed.port());

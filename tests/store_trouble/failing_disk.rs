@@ -6,6 +6,7 @@ use std::{
 };
 
 use tonic::Code;
+use tonic_types::StatusExt;
 
 use super::{
     SOON, create, reservation, skip,
@@ -87,6 +88,10 @@ async fn nothing_acknowledged_is_lost(folder: &Path, fail: &[&str]) {
     println!("{} acknowledged, then {failed:?}", acked.len());
     assert!(!acked.is_empty());
     assert_eq!(failed.code(), Code::Unavailable, "{failed:?}");
+    // Where the process was gone before it could answer, there are no details.
+    if let Some(info) = failed.get_details_error_info() {
+        assert_eq!(info.reason, "STORE_UNAVAILABLE");
+    }
     for n in 0..CREATES_AFTER {
         create(&mut caller, &format!("after-{n}"))
             .await
