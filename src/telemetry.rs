@@ -22,8 +22,19 @@ use crate::config::{LogLevel, Stage};
 
 /// Libraries that tell of every frame, page or retry: of them only what goes wrong. A prefix of the
 /// target, so `aws` is all of the SDK and `hyper` also `hyper_util`.
-const NOISY: &[&str] =
-    &["aws", "fjall", "h2", "hyper", "lsm_tree", "mio", "rustls", "tonic", "tower", "value_log"];
+const NOISY: &[&str] = &[
+    "aws",
+    "fjall",
+    "h2",
+    "hyper",
+    "lsm_tree",
+    "mio",
+    "rustls",
+    "sfa",
+    "tonic",
+    "tower",
+    "value_log",
+];
 
 /// Sends the process's log lines and panics to stderr from here on.
 ///
@@ -284,6 +295,7 @@ mod tests {
             tracing::debug!("ours");
             tracing::debug!(target: "hyper_util::client", "noise");
             tracing::info!(target: "aws_config::profile", "noise");
+            tracing::trace!(target: "sfa::writer", "noise");
             tracing::warn!(target: "h2::proto", "of note");
             tracing::error!(target: "fjall::journal", "grave");
         };
