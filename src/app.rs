@@ -245,6 +245,14 @@ impl App {
     ) -> Result<Executed, Error> {
         let now = self.now();
         let step = before.payment.transition(command.clone(), now);
+        if step.answer.is_err()
+            && let Some(key) = key
+            && let Some(Remembered::Replied { bytes, .. }) = self.remembered(key).await?
+        {
+            // The first call under this key came through since it was looked up: what refuses this one
+            // is what that one did.
+            return Ok(Executed::Replayed(bytes));
+        }
         let after = step.changed.as_ref().unwrap_or(&before.payment);
         let reply = match (&step.answer, key) {
             // A held call stores no reply, ever.

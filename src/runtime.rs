@@ -137,7 +137,11 @@ async fn serve(config: &Config, listeners: Listeners) -> ExitCode {
     };
     signals.insist();
     end_anyway_after(STOP_MAX);
+    let store = Arc::clone(running.store());
     running.stop().await;
+    if store.health() == Health::Failed {
+        return ExitCode::from(EXIT_STORE_FAILED);
+    }
     tracing::info!("stopped");
     ExitCode::from(code)
 }

@@ -88,7 +88,8 @@ pub fn key<M: Keyed>(
         found.add("idempotency_key", "has several idempotency-key headers that differ");
         return None;
     }
-    let text = match header {
+    // An empty header is as good as none, like an empty field.
+    let text = match header.filter(|header| !header.is_empty()) {
         Some(header) if text.is_empty() => header,
         Some(header) if header != text => {
             found.add("idempotency_key", "differs from the idempotency-key header");

@@ -253,7 +253,7 @@ impl Work {
 
     fn run(&self, job: impl FnOnce(oneshot::Sender<usize>) -> Job) -> Result<usize, StoreError> {
         let (answer, answered) = oneshot::channel();
-        self.jobs.try_send(job(answer)).map_err(|_| StoreError::Overloaded)?;
+        self.jobs.blocking_send(job(answer)).map_err(|_| StoreError::Unavailable)?;
         // Not a runtime's thread; the janitor may wait.
         answered.blocking_recv().map_err(|_| StoreError::Unavailable)
     }

@@ -184,14 +184,16 @@ impl Shared {
             entries.push(record::read_timed_key(key));
             ControlFlow::Continue(())
         })?;
-        self.book.has_read(to);
+        // All of it is read before the book hears of any: after an error it is asked for again.
+        let mut found = Vec::with_capacity(entries.len());
         for entry in entries {
             let (_, id) = entry?;
             if let Some(Versioned { payment, .. }) = self.get(PaymentId::from_bytes(id))? {
-                let terms = &payment.terms;
-                self.book.note([(terms.id, terms.created_at, Dues::of(&payment))]);
+                found.push((payment.terms.id, payment.terms.created_at, Dues::of(&payment)));
             }
         }
+        self.book.has_read(to);
+        self.book.note(found);
         Ok(())
     }
 }

@@ -104,6 +104,8 @@ struct Stage {
     newest: Option<PaymentId>,
     payments: i64,
     commits: usize,
+    /// Held until their counters are on the disk: a counter must not be forgotten before.
+    draws: Vec<super::Draw>,
 }
 
 pub struct Writer {
@@ -241,6 +243,7 @@ impl Writer {
                 self.stage_create(stage, &payment)?;
                 if let Some(draw) = draw {
                     stage.batch.put(Table::Counter, draw.reservation, draw.next().to_be_bytes());
+                    stage.draws.push(draw);
                 }
                 Revision(0)
             }
