@@ -224,10 +224,10 @@ async fn events_courier(
         }
         EventSink::EventBridge => {
             let settings = AwsSettings {
-                profile: events.aws_profile.clone(),
-                region: Some(events.aws_region.clone()),
-                default_region: events.aws_region.clone(),
-                endpoint_url: events.aws_endpoint_url.as_ref().map(ToString::to_string),
+                profile: events.aws.profile.clone(),
+                region: Some(events.aws.region.clone()),
+                default_region: events.aws.region.clone(),
+                endpoint_url: events.aws.endpoint_url.as_ref().map(ToString::to_string),
             };
             let sdk = aws::sdk_config(&settings).await;
             Arc::new(EventBridgeCourier::new(&sdk, events.bus_name.clone(), events.source.clone()))

@@ -21,7 +21,10 @@ use payment_sim::{
         pb::payment::v1::{self as pb, payment_service_client::PaymentServiceClient},
     },
     clock::Stopwatch,
-    config::{self, EventSink, settings::SETTINGS},
+    config::{
+        self, EventSink,
+        settings::{Binary, SETTINGS},
+    },
     domain::{
         ids::PaymentId,
         money::{Currency, Money},
@@ -202,7 +205,7 @@ fn layout() -> String {
 #[test]
 fn every_setting_is_in_help() {
     let help = run(&["--help"], &[]);
-    for setting in SETTINGS {
+    for setting in Binary::PaymentSim.settings() {
         let flag = format!("--{} ", setting.name.to_lowercase().replace('_', "-"));
         assert!(
             help.out.contains(&flag) && help.out.contains(&format!("[{};", setting.name)),
