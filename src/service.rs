@@ -9,6 +9,7 @@ use tonic_health::{ServingStatus, server::HealthReporter};
 use crate::{
     api::{self, grpc::Payments},
     app::{self, App},
+    chance::chance,
     clock::{Clock, SystemClock},
     config::{Config, EventSink, StoreUrl},
     courier::{
@@ -26,15 +27,14 @@ use crate::{
     edge::{Edge, EdgeLimits},
     metrics::{Metrics, OutboxDepth},
     outbox::{Events, Finisher, Jitter, Policies, Shared, WebhookLimits, Webhooks},
+    process::{EXIT_SOFTWARE, EXIT_UNAVAILABLE},
     scheduler::Scheduler,
     store::{self, Location, Retention, Store, Work},
 };
 
 /// The payment service's name in `grpc.health.v1`; "" is the whole server.
 const SERVICES: [&str; 2] = ["", "payment.v1.PaymentService"];
-/// sysexits.h: EX_UNAVAILABLE, EX_SOFTWARE, EX_CONFIG.
-const EXIT_UNAVAILABLE: u8 = 69;
-const EXIT_SOFTWARE: u8 = 70;
+/// sysexits.h: EX_CONFIG.
 const EXIT_CONFIG: u8 = 78;
 
 /// Why there is no service: the process's exit code, and the words to end with.
@@ -61,11 +61,6 @@ impl Surroundings {
             event_log: Box::new(|| Ok(Box::new(log::stdout()?))),
         }
     }
-}
-
-fn chance() -> f64 {
-    let random = getrandom::u64().expect("the system gives randomness, or nothing here is safe");
-    random as f64 / 2_f64.powi(64)
 }
 
 /// Everything that serves payments.

@@ -14,6 +14,7 @@ use std::{
 const ARROWS: &[(&str, &[&str])] = &[
     ("domain", &[]),
     // Leaves: they know nothing of payments.
+    ("chance", &[]),
     ("clock", &[]),
     ("config", &[]),
     ("log_budget", &["clock"]),
@@ -21,7 +22,8 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("telemetry", &["config"]),
     ("healthcheck", &["clock"]),
     ("server", &["log_budget"]),
-    ("ops", &[]),
+    ("process", &[]),
+    ("ops", &["process", "server"]),
     ("slot", &[]),
     // The data's way.
     ("store", &["domain", "clock", "faults"]),
@@ -33,6 +35,23 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("api", &["domain", "store", "app", "slot"]),
     ("edge", &["api", "domain", "clock", "log_budget", "metrics", "slot"]),
     ("faults", &["domain", "store"]),
+    // The other binary: it knows events, and nothing of how payments are kept.
+    (
+        "reservation",
+        &[
+            "domain",
+            "courier",
+            "chance",
+            "clock",
+            "config",
+            "log_budget",
+            "metrics",
+            "ops",
+            "process",
+            "server",
+        ],
+    ),
+    ("bin", &["*"]),
     // Above everything: wiring, then running.
     ("service", &["*"]),
     ("runtime", &["*"]),

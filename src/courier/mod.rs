@@ -7,7 +7,7 @@ pub mod aws;
 pub mod connect;
 pub mod eventbridge;
 pub mod log;
-mod tls;
+pub mod tls;
 pub mod webhook;
 
 #[cfg(test)]
