@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Makes in an emulated AWS what the service publishes to: bus, rule, queue and target.
+"""Makes in an emulated AWS what the service publishes to: bus, rule, queue, its dead-letter queue and target.
 
     aws_setup.py setup      make them; again does no harm
     aws_setup.py receive    print what is on the queue, for at most 5 seconds, and leave it there
@@ -20,6 +20,9 @@ BUS = os.environ.get("EVENT_BUS_NAME", "ticket-reservation-events")
 SOURCE = os.environ.get("PAYMENT_EVENT_SOURCE", "payment-sim-api")
 RULE = "payment-events-to-sqs"
 QUEUE = "traffic-tacos-payment-webhooks"
+# A message that nobody deletes goes there after so many receipts.
+DEAD_LETTER_QUEUE = f"{QUEUE}-dlq"
+RECEIPTS_MAX = 5
 
 
 def client(service):
@@ -34,13 +37,20 @@ def setup():
         pass
     pattern = {"source": [SOURCE], "detail-type": ["Payment Status Updated"]}
     events.put_rule(Name=RULE, EventBusName=BUS, EventPattern=json.dumps(pattern))
-    url = sqs.create_queue(QueueName=QUEUE)["QueueUrl"]
-    arn = sqs.get_queue_attributes(QueueUrl=url, AttributeNames=["QueueArn"])["Attributes"]["QueueArn"]
+    url, arn = create_queue(sqs, QUEUE)
+    _, dead_arn = create_queue(sqs, DEAD_LETTER_QUEUE)
+    redrive = json.dumps({"deadLetterTargetArn": dead_arn, "maxReceiveCount": RECEIPTS_MAX})
+    sqs.set_queue_attributes(QueueUrl=url, Attributes={"RedrivePolicy": redrive})
     put = events.put_targets(Rule=RULE, EventBusName=BUS, Targets=[{"Id": "1", "Arn": arn}])
     # Success of the call says nothing about its entries.
     if put["FailedEntryCount"]:
         sys.exit(f"the target was refused: {put['FailedEntries']}")
-    print(f"bus {BUS}, rule {RULE}, queue {url}")
+    print(f"bus {BUS}, rule {RULE}, queue {url}, dead-letter queue {DEAD_LETTER_QUEUE}")
+
+
+def create_queue(sqs, name):
+    url = sqs.create_queue(QueueName=name)["QueueUrl"]
+    return url, sqs.get_queue_attributes(QueueUrl=url, AttributeNames=["QueueArn"])["Attributes"]["QueueArn"]
 
 
 def receive():

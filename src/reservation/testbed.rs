@@ -99,13 +99,19 @@ pub struct MemoryQueue {
     clock: Arc<dyn Clock>,
     shelves: Mutex<Shelves>,
     came: Notify,
-    failures: AtomicUsize,
+    failing_receives: AtomicUsize,
+    failing_deletes: AtomicUsize,
 }
 
 impl MemoryQueue {
     pub fn new(clock: Arc<dyn Clock>) -> Arc<Self> {
-        let (shelves, came) = (Mutex::default(), Notify::new());
-        Arc::new(Self { clock, shelves, came, failures: AtomicUsize::new(0) })
+        Arc::new(Self {
+            clock,
+            shelves: Mutex::default(),
+            came: Notify::new(),
+            failing_receives: AtomicUsize::new(0),
+            failing_deletes: AtomicUsize::new(0),
+        })
     }
 
     pub fn send(&self, bodies: impl IntoIterator<Item = String>) {
@@ -114,9 +120,12 @@ impl MemoryQueue {
         self.came.notify_waiters();
     }
 
-    /// The next so many calls of any kind fail.
-    pub fn fail_next(&self, calls: usize) {
-        self.failures.store(calls, Ordering::SeqCst);
+    pub fn fail_receives(&self, calls: usize) {
+        self.failing_receives.store(calls, Ordering::SeqCst);
+    }
+
+    pub fn fail_deletes(&self, calls: usize) {
+        self.failing_deletes.store(calls, Ordering::SeqCst);
     }
 
     /// Neither visible nor hidden: deleted, or dead.
@@ -146,14 +155,6 @@ impl MemoryQueue {
         self.shelves.lock().unwrap().hides.clone()
     }
 
-    fn fails(&self) -> Result<(), QueueError> {
-        let less = |n: usize| n.checked_sub(1);
-        match self.failures.fetch_update(Ordering::SeqCst, Ordering::SeqCst, less) {
-            Ok(_) => Err(QueueError("as ordered".into())),
-            Err(_) => Ok(()),
-        }
-    }
-
     fn try_receive(&self, max: usize, visibility: Duration) -> Vec<Message> {
         let now_ms = self.clock.now_ms();
         let shelves = &mut *self.shelves.lock().unwrap();
@@ -174,10 +175,18 @@ impl MemoryQueue {
     }
 }
 
+fn as_ordered(failures: &AtomicUsize) -> Result<(), QueueError> {
+    let less = |n: usize| n.checked_sub(1);
+    match failures.fetch_update(Ordering::SeqCst, Ordering::SeqCst, less) {
+        Ok(_) => Err(QueueError("as ordered".into())),
+        Err(_) => Ok(()),
+    }
+}
+
 #[async_trait]
 impl Queue for MemoryQueue {
     async fn receive(&self, max: usize, visibility: Duration) -> Result<Vec<Message>, QueueError> {
-        self.fails()?;
+        as_ordered(&self.failing_receives)?;
         loop {
             let came = self.came.notified();
             let messages = self.try_receive(max, visibility);
@@ -193,7 +202,7 @@ impl Queue for MemoryQueue {
     }
 
     async fn delete(&self, receipts: &[String]) -> Result<Vec<Refused>, QueueError> {
-        self.fails()?;
+        as_ordered(&self.failing_deletes)?;
         assert!((1..=BATCH_MAX).contains(&receipts.len()));
         let shelves = &mut *self.shelves.lock().unwrap();
         shelves.deletes.push(receipts.len());
@@ -207,7 +216,6 @@ impl Queue for MemoryQueue {
         receipts: &[String],
         visibility: Duration,
     ) -> Result<Vec<Refused>, QueueError> {
-        self.fails()?;
         assert!((1..=BATCH_MAX).contains(&receipts.len()));
         let at_ms = self.clock.now_ms() + visibility.as_millis() as i64;
         let shelves = &mut *self.shelves.lock().unwrap();
@@ -335,8 +343,12 @@ impl Bed {
         Self { queue, api, metrics, stop, running }
     }
 
-    pub async fn stop(mut self) -> Result<(), Broken> {
+    pub fn order_stop(&self) {
         self.stop.cancel();
+    }
+
+    pub async fn stop(mut self) -> Result<(), Broken> {
+        self.order_stop();
         let ended = tokio::time::timeout(DEADLINE, self.running.join_next()).await;
         ended.expect("the worker drains").expect("it was running").expect("it did not panic")
     }

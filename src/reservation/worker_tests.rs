@@ -203,7 +203,7 @@ async fn an_outage_that_lasts_gives_the_message_back_and_lets_nothing_older_thro
 #[tokio::test]
 async fn a_queue_that_fails_is_asked_again() {
     let m = manual(Api::obliging());
-    m.bed.queue.fail_next(20);
+    m.bed.queue.fail_receives(20);
     m.bed.queue.send((0..30).map(|n| body(&format!("e{n}"), &n.to_string(), "COMPLETED", 2)));
     m.advance_until(Duration::from_secs(1), |bed| bed.queue.is_empty()).await;
     assert_eq!(m.bed.count(Outcome::Confirmed), 30);
@@ -218,7 +218,7 @@ async fn a_delete_that_fails_costs_no_second_call() {
     let m = manual(api);
     m.bed.queue.send([body("e", "p", "COMPLETED", 2)]);
     until(|| m.bed.api.calls().len() == 1).await;
-    m.bed.queue.fail_next(1);
+    m.bed.queue.fail_deletes(1);
     m.bed.api.set_open(true);
     m.advance_until(VISIBILITY / 2, |bed| bed.queue.is_empty()).await;
     assert_eq!((m.bed.api.calls().len(), m.bed.count(Outcome::Duplicate)), (1, 1));
@@ -237,10 +237,10 @@ async fn a_stop_ends_what_is_in_hand_and_gives_the_rest_back() {
     until(|| m.bed.api.calls().len() == 2).await;
     let (queue, api, metrics) =
         (Arc::clone(&m.bed.queue), Arc::clone(&m.bed.api), Arc::clone(&m.bed.metrics));
-    let stopped = m.bed.stop();
+    m.bed.order_stop();
     queue.send([body("late", "r", "COMPLETED", 2)]);
     api.set_open(true);
-    stopped.await.unwrap();
+    m.bed.stop().await.unwrap();
     assert_eq!(api.calls().len(), 2, "nothing was received after the stop");
     assert_eq!(metrics.messages(Outcome::Confirmed), 1);
     assert_eq!(metrics.messages(Outcome::Interrupted), 1);
