@@ -8,8 +8,10 @@ use std::{
     },
 };
 
-#[derive(Default)]
+use super::metrics::WorkerMetrics;
+
 pub struct InHand {
+    metrics: Arc<WorkerMetrics>,
     next: AtomicU64,
     receipts: Mutex<BTreeMap<u64, String>>,
 }
@@ -22,19 +24,22 @@ pub struct Held {
 }
 
 impl InHand {
+    pub fn new(metrics: Arc<WorkerMetrics>) -> Arc<Self> {
+        Arc::new(Self { metrics, next: AtomicU64::new(0), receipts: Mutex::default() })
+    }
+
     pub fn hold(self: &Arc<Self>, receipt: String) -> Held {
         // By number: a queue may give one receipt twice.
         let number = self.next.fetch_add(1, Ordering::Relaxed);
-        self.all().insert(number, receipt.clone());
+        let mut all = self.all();
+        all.insert(number, receipt.clone());
+        self.metrics.in_flight(all.len());
+        drop(all);
         Held { in_hand: Arc::clone(self), number, receipt }
     }
 
     pub fn receipts(&self) -> Vec<String> {
         self.all().values().cloned().collect()
-    }
-
-    pub fn len(&self) -> usize {
-        self.all().len()
     }
 
     fn all(&self) -> MutexGuard<'_, BTreeMap<u64, String>> {
@@ -51,6 +56,8 @@ impl Held {
 
 impl Drop for Held {
     fn drop(&mut self) {
-        self.in_hand.all().remove(&self.number);
+        let mut all = self.in_hand.all();
+        all.remove(&self.number);
+        self.in_hand.metrics.in_flight(all.len());
     }
 }

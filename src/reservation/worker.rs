@@ -1,6 +1,6 @@
 //! The loop: receive, do, remember, delete. Whatever is not deleted comes back.
 
-use std::{sync::Arc, time::Duration};
+use std::{convert::Infallible, sync::Arc, time::Duration};
 
 use tokio::{
     sync::mpsc,
@@ -84,7 +84,8 @@ pub struct Worker {
 
 impl Worker {
     pub fn new(parts: Parts, limits: Limits, stop: CancellationToken) -> Arc<Self> {
-        let (in_hand, lanes) = (Arc::default(), Lanes::default());
+        let in_hand = InHand::new(Arc::clone(&parts.metrics));
+        let lanes = Lanes::default();
         let lines = LogBudget::new(LINES_PER_SECOND);
         Arc::new(Self { parts, limits, in_hand, lanes, lines, stop })
     }
@@ -95,11 +96,15 @@ impl Worker {
     /// When the state cannot be read or written any more: nothing further may be done then.
     pub async fn run(self: Arc<Self>) -> Result<(), Broken> {
         let (deletes, to_delete) = mpsc::channel(self.limits.concurrency);
-        let mut heartbeat = JoinSet::new();
-        heartbeat.spawn(Arc::clone(&self).keep_hidden());
         let mut deleter = JoinSet::new();
         deleter.spawn(Arc::clone(&self).delete_all(to_delete));
-        let result = self.receive_and_do(deletes).await;
+        let result = tokio::select! {
+            // First, because with its end the deleter's comes too.
+            biased;
+            result = self.receive_and_do(deletes) => result,
+            never = self.keep_hidden() => match never {},
+            ended = deleter.join_next() => panic!("the deleter ended by itself: {ended:?}"),
+        };
         // The last sender of deletes is gone, so the deleter ends with what it has.
         let ending = async { while deleter.join_next().await.is_some() {} };
         if tokio::time::timeout(DELETES_DRAIN_MAX, ending).await.is_err() {
@@ -133,7 +138,6 @@ impl Worker {
                 }
                 Some(done) = working.join_next() => ended(done)?,
             }
-            self.parts.metrics.in_flight(self.in_hand.len());
         }
         // What a poll has received and not yet brought here comes back by itself.
         drop((polls, deletes));
@@ -284,7 +288,7 @@ impl Worker {
     }
 
     /// The heartbeat: what is in hand stays hidden, however long it takes.
-    async fn keep_hidden(self: Arc<Self>) {
+    async fn keep_hidden(&self) -> Infallible {
         let every = self.limits.visibility / HEARTBEATS_PER_VISIBILITY;
         loop {
             self.parts.clock.sleep_until_ms(self.now().plus(every).ms()).await;

@@ -134,6 +134,7 @@ def test_the_heartbeat_keeps_a_message_hidden_while_it_is_worked_on(bed):
         assert metric(ops, "worker_in_flight") == 1 and len(bed.api.calls) == 1
         bed.api.answer.set()
         demo_aws.until("the queue is empty", bed.is_empty)
+        demo_aws.until("nothing is in hand", lambda: metric(ops, "worker_in_flight") == 0)
         assert demo_aws.drained(process) == 0
     assert len(bed.api.calls) == 1
 
