@@ -18,9 +18,9 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use crate::{
     clock::{Clock, Stopwatch},
-    courier::{Courier, Parcel, webhook::Origin},
+    courier::{Courier, Death, Parcel, webhook::Origin},
     domain::{
-        delivery::{Attempted, Channel, RetryPolicy, Verdict},
+        delivery::{Attempted, Channel, Delivery, RetryPolicy, Verdict},
         event,
         payment::Payment,
         time::Timestamp,
@@ -81,7 +81,16 @@ fn parcel(payment: &Payment, channel: Channel, now: Timestamp) -> Option<Parcel>
         url: terms.webhook_url.clone(),
         body: Bytes::from(event::body(terms, notification)),
         trace: terms.trace,
+        death: match channel {
+            Channel::Event | Channel::Webhook => None,
+            Channel::DeadLetter => notification.webhook.as_ref().and_then(death),
+        },
     })
+}
+
+fn death(webhook: &Delivery) -> Option<Death> {
+    let (at, why) = webhook.death()?;
+    Some(Death { at, why: why.to_owned(), attempts_made: webhook.attempts_made })
 }
 
 /// An attempt that is over, with the lease that is given back once it is written down.
@@ -158,7 +167,7 @@ impl Events {
                     accepted += 1;
                     "published"
                 }
-                Verdict::Retry { .. } => {
+                Verdict::Retry { .. } | Verdict::Unavailable => {
                     retried += 1;
                     "retry"
                 }
@@ -304,7 +313,7 @@ impl Webhooks {
             let Some(attempted) = attempted else { return };
             let result = match attempted.verdict {
                 Verdict::Accepted => "delivered",
-                Verdict::Retry { .. } => "retry",
+                Verdict::Retry { .. } | Verdict::Unavailable => "retry",
                 Verdict::Refused => "dead",
             };
             shared.metrics.webhook_attempted(result, took.elapsed());
@@ -341,12 +350,13 @@ impl Policies {
             max_attempts: None,
             backoff_base: Duration::from_millis(SINK_PAUSE_BASE_MS),
             backoff_max: Duration::from_millis(SINK_PAUSE_MAX_MS),
+            dead_letters: false,
         }
     }
 
     const fn of(&self, channel: Channel) -> &RetryPolicy {
         match channel {
-            Channel::Event => &self.event,
+            Channel::Event | Channel::DeadLetter => &self.event,
             Channel::Webhook => &self.webhook,
         }
     }

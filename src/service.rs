@@ -207,6 +207,7 @@ fn policies(config: &Config) -> Policies {
             max_attempts: Some(config.webhook.max_attempts),
             backoff_base: config.webhook.backoff_base,
             backoff_max: config.webhook.backoff_max,
+            dead_letters: false,
         },
     }
 }

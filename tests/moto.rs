@@ -98,7 +98,7 @@ fn parcel(n: u32, topic: Topic) -> Parcel {
     let body =
         format!("{{\"event_id\":\"{event_id}\",\"status\":\"PAYMENT_STATUS_COMPLETED\"}}").into();
     let trace = Trace { trace_id: [1; 16], parent_span: [2; 8], sampled: true };
-    Parcel { payment, n, event_id, topic, at: NOW, url: None, body, trace }
+    Parcel { payment, n, event_id, topic, at: NOW, url: None, body, trace, death: None }
 }
 
 async fn courier(endpoint: &str, bus: &str) -> EventBridgeCourier {

@@ -48,6 +48,15 @@ pub struct Parcel {
     pub url: Option<String>,
     pub body: Bytes,
     pub trace: Trace,
+    /// Of a webhook that was given up: what its letter tells.
+    pub death: Option<Death>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Death {
+    pub at: Timestamp,
+    pub why: String,
+    pub attempts_made: u32,
 }
 
 #[async_trait]

@@ -37,6 +37,7 @@ pub fn parcel(n: u32, url: Option<&str>) -> Parcel {
         url: url.map(str::to_owned),
         body: format!("{{\"event_id\":\"{}\",\"n\":{n}}}", payment.event(n)).into(),
         trace: Trace { trace_id: [0xab; 16], parent_span: [0xcd; 8], sampled: true },
+        death: None,
     }
 }
 

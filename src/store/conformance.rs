@@ -135,7 +135,12 @@ impl Bed {
         let attempt =
             Attempt { at: self.now(), http_status: Some(200), latency_ms: 1, error: None };
         let done = Attempted { attempt, verdict: Verdict::Accepted };
-        let policy = RetryPolicy { max_attempts: None, backoff_base: DAY, backoff_max: DAY };
+        let policy = RetryPolicy {
+            max_attempts: None,
+            backoff_base: DAY,
+            backoff_max: DAY,
+            dead_letters: false,
+        };
         let after = before
             .payment
             .after_attempt((1, Channel::Webhook), done, self.now(), &policy, 0.0)

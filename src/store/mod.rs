@@ -108,10 +108,11 @@ pub enum Work {
     Wake,
     Event,
     Webhook,
+    DeadLetter,
 }
 
 impl Work {
-    pub const ALL: [Self; 3] = [Self::Wake, Self::Event, Self::Webhook];
+    pub const ALL: [Self; 4] = [Self::Wake, Self::Event, Self::Webhook, Self::DeadLetter];
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
