@@ -213,7 +213,7 @@ pub async fn commit_one(store: &dyn Store, commit: Commit) -> Result<Committed, 
 }
 
 /// What cannot be read is tried again after this: it may be the disk's mood, and it may be damage.
-const UNREADABLE_MS: u64 = 60_000;
+pub const UNREADABLE_MS: u64 = 60_000;
 
 impl Lease {
     /// The payment that is leased, where there still is one. A record that cannot be read is put off by
