@@ -14,7 +14,7 @@ mod aws_list {
     pub mod sqs;
 }
 
-use std::{future::Future, pin::Pin, time::Duration};
+use std::{fmt::Debug, future::Future, pin::Pin, time::Duration};
 
 use aws_sdk_eventbridge::{
     config::{Credentials, SharedCredentialsProvider},
@@ -124,9 +124,9 @@ impl Bed {
 
 /// The error code of a call that was refused.
 #[track_caller]
-fn refused<T: std::fmt::Debug, E: ProvideErrorMetadata>(result: Result<T, SdkError<E>>) -> String {
-    let Err(error) = result else { panic!("not refused: {result:?}", result = result.ok()) };
-    error.code().unwrap_or_else(|| panic!("no code")).to_owned()
+fn refused<T: Debug, E: ProvideErrorMetadata + Debug>(result: Result<T, SdkError<E>>) -> String {
+    let error = result.expect_err("refused");
+    error.code().unwrap_or_else(|| panic!("no code: {error:?}")).to_owned()
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

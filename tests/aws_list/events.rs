@@ -73,21 +73,20 @@ pub async fn what_is_not_there_is_not_found(bed: Bed) {
     assert_eq!(refused(events.describe_event_bus().name("none").send().await), missing);
     let targets = events.list_targets_by_rule().event_bus_name("found").rule("none");
     assert_eq!(refused(targets.send().await), missing);
-    let rules = events.list_rules().event_bus_name("none").send().await;
-    if bed.is_moto() {
-        // moto lists the rules of any bus: none.
-        assert!(rules.unwrap().rules().is_empty());
-    } else {
-        assert_eq!(refused(rules), missing);
-    }
+    assert_eq!(refused(events.list_rules().event_bus_name("none").send().await), missing);
 }
 
 pub async fn a_pattern_that_is_none_is_refused(bed: Bed) {
     bus(&bed, "refusing").await;
     for pattern in ["[1]", "{\"source\": \"not in an array\"}", "not JSON"] {
         let rule = bed.events.put_rule().event_bus_name("refusing").name("bad");
-        let refused = refused(rule.event_pattern(pattern).send().await);
-        assert_eq!(refused, "InvalidEventPatternException", "{pattern}");
+        let made = rule.event_pattern(pattern).send().await;
+        if bed.is_moto() && pattern == "[1]" {
+            // moto breaks on it.
+            assert_eq!(made.unwrap_err().raw_response().unwrap().status().as_u16(), 500);
+        } else {
+            assert_eq!(refused(made), "InvalidEventPatternException", "{pattern}");
+        }
     }
 }
 
@@ -200,7 +199,12 @@ pub async fn more_than_ten_entries_or_none_are_refused(bed: Bed) {
     let many = bed.events.put_events().set_entries(Some(eleven)).send().await;
     assert_eq!(refused(many), "ValidationException");
     let none = bed.events.put_events().set_entries(Some(Vec::new())).send().await;
-    assert_eq!(refused(none), "ValidationException");
+    if bed.is_moto() {
+        // moto sees nothing wrong in it.
+        assert!(none.unwrap().entries().is_empty());
+    } else {
+        assert_eq!(refused(none), "ValidationException");
+    }
     let ten = vec![entry("counting", "{}"); 10];
     assert_eq!(put(&bed, ten).await.entries().len(), 10);
     assert_eq!(queue.bodies(&bed, 10).await.len(), 10);

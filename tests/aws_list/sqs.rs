@@ -175,27 +175,25 @@ pub async fn a_message_is_received_as_it_was_sent_and_deleted_once(bed: Bed) {
 
 pub async fn a_batch_is_taken_entry_by_entry(bed: Bed) {
     let queue = Queue::make(&bed, "batches").await;
-    let bad = SendEntry::builder().id("bad").message_body("not \u{b} allowed").build().unwrap();
-    let batch = [send_entry("a", "A"), bad, send_entry("c-1_C", "C")];
+    let batch =
+        [send_entry("a", "A"), send_entry("bad", "not \u{b} allowed"), send_entry("c-1_C", "C")];
     let send = bed.sqs.send_message_batch().queue_url(&queue.url).set_entries(Some(batch.into()));
-    let sent = send.send().await;
+    let sent = send.send().await.unwrap();
+    let ids: Vec<_> = sent.successful().iter().map(|entry| entry.id()).collect();
+    let failed: Vec<_> = sent.failed().iter().map(|entry| (entry.id(), entry.code())).collect();
     if bed.is_moto() {
-        // moto refuses the whole batch for what is wrong with one entry.
-        assert_eq!(refused(sent), "InvalidMessageContents");
-        queue.send(&bed, "A").await;
-        queue.send(&bed, "C").await;
+        // moto takes any characters.
+        assert_eq!((&ids[..], failed.len()), (&["a", "bad", "c-1_C"][..], 0));
     } else {
-        let sent = sent.unwrap();
-        let ids: Vec<_> = sent.successful().iter().map(|entry| entry.id()).collect();
         assert_eq!(ids, ["a", "c-1_C"]);
-        let [failed] = sent.failed() else { panic!("{sent:?}") };
-        assert_eq!((failed.id(), failed.code()), ("bad", "InvalidMessageContents"));
-        assert!(failed.sender_fault());
+        assert_eq!(failed, [("bad", "InvalidMessageContents")]);
+        assert!(sent.failed()[0].sender_fault());
     }
 
     let messages = queue.receive(&bed, 10, 60, 0).await;
     let bodies: BTreeSet<_> = messages.iter().map(|message| message.body().unwrap()).collect();
-    assert_eq!(bodies, BTreeSet::from(["A", "C"]));
+    assert!(bodies.is_superset(&BTreeSet::from(["A", "C"])), "{bodies:?}");
+    assert_eq!(bodies.len(), ids.len());
     let mut delete = bed.sqs.delete_message_batch().queue_url(&queue.url);
     for (n, message) in messages.iter().enumerate() {
         let handle = message.receipt_handle().unwrap();
@@ -203,7 +201,7 @@ pub async fn a_batch_is_taken_entry_by_entry(bed: Bed) {
         delete = delete.entries(entry.build().unwrap());
     }
     let deleted = delete.send().await.unwrap();
-    assert_eq!((deleted.successful().len(), deleted.failed().len()), (2, 0));
+    assert_eq!((deleted.successful().len(), deleted.failed().len()), (ids.len(), 0));
     assert_eq!(queue.depth(&bed).await, (0, 0));
 }
 
@@ -267,24 +265,26 @@ pub async fn messages_out_of_bounds_are_refused(bed: Bed) {
     let send = |body: &str| bed.sqs.send_message().queue_url(&queue.url).message_body(body);
     send(&"x".repeat(MIB)).send().await.unwrap();
     assert_eq!(refused(send(&"x".repeat(MIB + 1)).send().await), "InvalidParameterValue");
-    // Attributes count.
-    let with_attribute = send(&"x".repeat(MIB - 4)).message_attributes("name", text("value"));
-    assert_eq!(refused(with_attribute.send().await), "InvalidParameterValue");
-    assert_eq!(refused(send("\u{1}").send().await), "InvalidMessageContents");
-    assert_eq!(refused(send("").send().await), "MissingParameter");
-    let mut many = send("x");
-    for n in 0..11 {
-        many = many.message_attributes(format!("n{n}"), text("value"));
-    }
-    let many = many.send().await;
-    if bed.is_moto() {
-        // moto does not count attributes.
-        many.unwrap();
-    } else {
-        assert_eq!(refused(many), "InvalidParameterValue");
-    }
     let delayed = send("x").delay_seconds(901).send().await;
     assert_eq!(refused(delayed), "InvalidParameterValue");
+
+    let with_attribute = send(&"x".repeat(MIB - 4)).message_attributes("name", text("value"));
+    let with_many =
+        (0..11).fold(send("x"), |send, n| send.message_attributes(format!("n{n}"), text("value")));
+    for (bad, code) in [
+        (send(""), "MissingParameter"),
+        (with_attribute, "InvalidParameterValue"),
+        (with_many, "InvalidParameterValue"),
+        (send("\u{1}"), "InvalidMessageContents"),
+    ] {
+        let sent = bad.send().await;
+        if bed.is_moto() {
+            // moto asks no more of a body than that it is not too long.
+            sent.unwrap();
+        } else {
+            assert_eq!(refused(sent), code);
+        }
+    }
 }
 
 pub async fn a_message_comes_again_when_its_visibility_ends(bed: Bed) {
