@@ -2,7 +2,7 @@
 //! `PAYMENT_SIM_VENV` names a venv with it, by moto: what both keep, no test has made up.
 //!
 //! Where moto is known not to do as AWS does, the check says so and what moto does instead; the fake
-//! does as AWS does.
+//! does as AWS does. What only the fake can do, its faults, is in `aws_list/faults.rs`.
 
 #[path = "support/fake_aws/mod.rs"]
 mod fake_aws;
@@ -11,6 +11,7 @@ mod moto;
 
 mod aws_list {
     pub mod events;
+    pub mod faults;
     pub mod sqs;
 }
 

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
-use serde_json::{Map, Value, json, value::RawValue};
+use serde_json::{Value, json, value::RawValue};
 
 use super::{
     ACCOUNT, Entry, Fate, Fault, REGION,
@@ -239,17 +239,13 @@ impl Events {
         };
         let targets = bus.rules.values().filter(|rule| rule.wants(entry));
         let targets: Vec<&String> = targets.flat_map(|rule| rule.targets.values()).collect();
-        if targets.is_empty() {
-            return Ok(id);
-        }
-        let body = envelope(entry, detail, &id, now_ms);
-        for arn in targets {
-            let sent = Sent {
-                body: body.clone().into(),
-                trace_header: entry.trace_header.clone(),
-                ..Sent::default()
-            };
-            queues.deliver(arn, sent, now_ms);
+        if !targets.is_empty() {
+            let body = envelope(entry, detail, &id, now_ms).into();
+            let trace_header = entry.trace_header.clone();
+            let sent = Sent { body, trace_header, ..Sent::default() };
+            for arn in targets {
+                queues.deliver(arn, sent.clone(), now_ms);
+            }
         }
         Ok(id)
     }
@@ -261,20 +257,22 @@ impl Rule {
     }
 
     fn wants(&self, entry: &PutEntry) -> bool {
-        if !self.is_enabled {
-            return false;
+        self.is_enabled && self.pattern.matches(|name| entry.field(name))
+    }
+}
+
+impl PutEntry {
+    /// A field of the event that a pattern may ask for.
+    fn field(&self, name: &str) -> Option<Value> {
+        match name {
+            "source" => Some(self.source.clone().into()),
+            "detail-type" => Some(self.detail_type.clone().into()),
+            "account" => Some(ACCOUNT.into()),
+            "region" => Some(REGION.into()),
+            "resources" => Some(self.resources.clone().into()),
+            "detail" => serde_json::from_str(&self.detail).ok(),
+            _ => None,
         }
-        let mut event = Map::new();
-        event.insert("source".to_owned(), entry.source.clone().into());
-        event.insert("detail-type".to_owned(), entry.detail_type.clone().into());
-        event.insert("account".to_owned(), ACCOUNT.into());
-        event.insert("region".to_owned(), REGION.into());
-        event.insert("resources".to_owned(), entry.resources.clone().into());
-        if self.pattern.needs_detail() {
-            let detail = serde_json::from_str(&entry.detail).expect("it was checked to be JSON");
-            event.insert("detail".to_owned(), detail);
-        }
-        self.pattern.matches(&event)
     }
 }
 

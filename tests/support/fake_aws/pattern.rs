@@ -16,13 +16,9 @@ impl Pattern {
         Ok(Self { text: text.to_owned(), fields })
     }
 
-    /// Whether it looks into the detail, which then has to be parsed.
-    pub(super) fn needs_detail(&self) -> bool {
-        self.fields.contains_key("detail")
-    }
-
-    pub(super) fn matches(&self, event: &Map<String, Value>) -> bool {
-        all_match(&self.fields, event)
+    /// `found` gives the event's field of a name.
+    pub(super) fn matches(&self, found: impl Fn(&str) -> Option<Value>) -> bool {
+        self.fields.iter().all(|(name, expected)| matches(expected, found(name).as_ref()))
     }
 }
 
@@ -50,12 +46,14 @@ fn check_one(expected: &Value) -> Result<(), String> {
     }
 }
 
-fn all_match(fields: &Map<String, Value>, event: &Map<String, Value>) -> bool {
-    fields.iter().all(|(name, expected)| match (expected, event.get(name)) {
-        (Value::Object(inner), Some(Value::Object(found))) => all_match(inner, found),
+fn matches(expected: &Value, found: Option<&Value>) -> bool {
+    match (expected, found) {
+        (Value::Object(inner), Some(Value::Object(found))) => {
+            inner.iter().all(|(name, expected)| matches(expected, found.get(name)))
+        }
         (Value::Array(any), found) => any.iter().any(|expected| matches_one(expected, found)),
         _ => false,
-    })
+    }
 }
 
 /// An array in the event matches where one of its values does.
