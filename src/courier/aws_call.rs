@@ -59,7 +59,7 @@ impl Answer {
     where
         E: Error + ProvideErrorMetadata + 'static,
     {
-        let http_status = error.raw_response().map(|reply| reply.status().as_u16());
+        let http_status = http_status(error);
         let noted = Noted { http_status, ..noted };
         // The SDK's own words name hosts and profiles: for the log, not for the attempt.
         tracing::debug!(error = %DisplayErrorContext(error), "a call to AWS failed");
@@ -70,7 +70,7 @@ impl Answer {
             }
             _ => false,
         };
-        let why = why(error, http_status);
+        let why = why(error);
         let verdict = match is_refused_for_content {
             true => noted.refused(why),
             false => noted.unavailable(why),
@@ -162,7 +162,7 @@ pub fn kept(code: &str) -> String {
 }
 
 /// In a word, why a call failed.
-pub fn why<E>(error: &SdkError<E, HttpResponse>, http_status: Option<u16>) -> String
+pub fn why<E>(error: &SdkError<E, HttpResponse>) -> String
 where
     E: Error + ProvideErrorMetadata + 'static,
 {
@@ -174,12 +174,16 @@ where
         }
         // Neither time nor network: what the SDK needs before it can send, credentials above all.
         SdkError::DispatchFailure(_) | SdkError::ConstructionFailure(_) => "NOT_SENT".to_owned(),
-        _ => match (error.code(), http_status) {
+        _ => match (error.code(), http_status(error)) {
             (Some(code), _) => kept(code),
             (None, Some(status)) if status != OK => format!("HTTP {status}"),
             (None, _) => "MALFORMED_REPLY".to_owned(),
         },
     }
+}
+
+fn http_status<E>(error: &SdkError<E, HttpResponse>) -> Option<u16> {
+    error.raw_response().map(|reply| reply.status().as_u16())
 }
 
 /// Whether it went wrong on the wire, replies that are no HTTP included.

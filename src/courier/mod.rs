@@ -9,6 +9,7 @@ pub mod connect;
 pub mod eventbridge;
 pub mod log;
 pub mod sqs;
+pub mod startup_check;
 mod tls;
 pub mod webhook;
 
@@ -18,6 +19,8 @@ mod eventbridge_tests;
 mod receiver;
 #[cfg(test)]
 mod sqs_tests;
+#[cfg(test)]
+mod startup_check_tests;
 #[cfg(test)]
 mod webhook_tests;
 
