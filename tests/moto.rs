@@ -83,5 +83,5 @@ async fn what_the_pattern_asks_for_arrives_in_the_queue() {
 
     // moto says what AWS does not: there is no such bus. It may be made later.
     let done = courier(&endpoint, "no-such-bus").await.attempt(&batch[1..], NOW).await;
-    assert!(done.iter().all(|d| d.verdict == Verdict::Retry { not_before: None }), "{done:?}");
+    assert!(done.iter().all(|d| d.verdict == Verdict::Unavailable), "{done:?}");
 }
