@@ -40,12 +40,14 @@ const LINES_PER_SECOND: u32 = 10;
 /// A fifth of a second first, never longer than 20 s: an API that is back is soon told.
 const CALL_POLICY: RetryPolicy = RetryPolicy {
     max_attempts: None,
+    dead_letters: false,
     backoff_base: Duration::from_millis(200),
     backoff_max: Duration::from_secs(20),
 };
 /// After a receive call that failed.
 const POLL_POLICY: RetryPolicy = RetryPolicy {
     max_attempts: None,
+    dead_letters: false,
     backoff_base: Duration::from_secs(1),
     backoff_max: Duration::from_secs(30),
 };
