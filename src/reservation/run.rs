@@ -100,10 +100,10 @@ async fn serve(config: &WorkerConfig, ops: TcpListener) -> ExitCode {
             false
         }
     };
+    stop.cancel();
     status.set(Phase::Draining);
     signals.insist();
     end_anyway_after(STOP_MAX);
-    stop.cancel();
     tasks.join(&["worker"]).await;
     ops_end.cancel();
     tasks.join(&["ops"]).await;
