@@ -28,6 +28,8 @@ pub use value::{EventSink, LogLevel, Scenario, Secrets, Stage, StoreUrl};
 use settings::{DefaultValue, SETTINGS, Setting, setting};
 use value::{FromValue, Value};
 
+use crate::egress;
+
 /// Every setting, checked.
 #[derive(Debug, Clone)]
 pub struct Config {
@@ -65,6 +67,7 @@ pub struct WebhookConfig {
     pub backoff_max: Duration,
     pub origin_concurrency: usize,
     pub concurrency: usize,
+    pub egress: egress::Policy,
 }
 
 #[derive(Debug, Clone)]
@@ -184,6 +187,10 @@ impl Config {
                 backoff_max: given.take("WEBHOOK_BACKOFF_MAX_MS"),
                 origin_concurrency: given.take("WEBHOOK_ORIGIN_CONCURRENCY"),
                 concurrency: given.take("WEBHOOK_CONCURRENCY"),
+                egress: egress::Policy {
+                    networks: given.take("WEBHOOK_ALLOW_CIDRS"),
+                    hosts: given.take("WEBHOOK_ALLOW_HOSTS"),
+                },
             },
             events: EventConfig {
                 sink: given.take("EVENT_SINK"),
@@ -340,7 +347,13 @@ impl Given {
 
     fn parse(&self, setting: &'static Setting) -> Result<Value, BadValue> {
         let value = self.text.to_str().and_then(|text| setting.kind.parse(text.trim()));
-        value.ok_or_else(|| self.refused(setting, setting.kind.allowed()))
+        value.ok_or_else(|| {
+            // As in `shown`: what may hold a password is not repeated.
+            let text = self.text.to_str().filter(|text| !text.contains('@'));
+            let objection = text.and_then(|text| setting.kind.objection(text.trim()));
+            let why = objection.map(|objection| format!(" ({objection})")).unwrap_or_default();
+            self.refused(setting, setting.kind.allowed() + &why)
+        })
     }
 
     fn refused(&self, setting: &'static Setting, allowed: String) -> BadValue {
@@ -507,7 +520,7 @@ fn production_needs_its_own(
         });
     };
     let text = given.text.to_string_lossy();
-    if text.split(',').any(|one| one.trim() == refused) {
+    if text.split(',').any(|one| Secrets::is_key_of(one.trim(), refused)) {
         return Err(given.refused(setting, allowed));
     }
     Ok(())

@@ -211,6 +211,10 @@ pub static SETTINGS: &[Setting] = &[
         "Attempts under way at a time to one origin (scheme, host, port)."),
     row(WEBHOOKS, "WEBHOOK_CONCURRENCY", Kind::Whole { min: 1, max: 16_384 }, Fixed("1024"),
         "Attempts under way at a time in all."),
+    row(WEBHOOKS, "WEBHOOK_ALLOW_CIDRS", Kind::Networks, ByStage { development: "127.0.0.0/8,::1", production: "none" },
+        "Private networks that webhooks may connect to; the internet needs no entry."),
+    row(WEBHOOKS, "WEBHOOK_ALLOW_HOSTS", Kind::Hosts, Fixed("none"),
+        "Host names that may resolve to private addresses."),
 
     row(EVENTS, "EVENT_SINK", Kind::Choice(EventSink::NAMES), ByStage { development: "log", production: "eventbridge" },
         "Where events go; log writes one JSON line each to stdout."),

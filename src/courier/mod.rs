@@ -5,6 +5,7 @@
 
 pub mod aws;
 pub mod connect;
+mod connection;
 pub mod eventbridge;
 pub mod log;
 mod tls;

@@ -16,7 +16,7 @@ use hyper_util::{
     rt::TokioIo,
 };
 use rustls::{
-    ServerConfig,
+    ClientConfig, ServerConfig,
     pki_types::{CertificateDer, PrivatePkcs8KeyDer},
 };
 use tokio::{
@@ -26,7 +26,7 @@ use tokio::{
 
 use super::{
     Courier, Parcel,
-    connect::connector,
+    connect::{ConnectSettings, Connector, connector},
     receiver::{Answer, DEADLINE, NOW, Receiver, Seen, deaf_port, parcel},
     tls,
     webhook::{Origin, WebhookCourier, WebhookSettings, origin},
@@ -38,6 +38,7 @@ use crate::{
         signature::Signer,
         time::Timestamp,
     },
+    egress::{AllowedNetworks, Policy},
 };
 
 const SECRET: &str = "a test's secret, 24 bytes at least";
@@ -48,8 +49,17 @@ fn settings(timeout: Duration) -> WebhookSettings {
     WebhookSettings { signer: Signer::new(&[SECRET]).unwrap(), timeout, idle_per_origin: 64 }
 }
 
+/// As in development.
+fn policy() -> Policy {
+    Policy { networks: AllowedNetworks::parse("127.0.0.0/8,::1").unwrap(), ..Default::default() }
+}
+
 fn courier() -> WebhookCourier {
-    WebhookCourier::new(settings(DEADLINE))
+    WebhookCourier::new(policy(), settings(DEADLINE))
+}
+
+fn connecting(tls: ClientConfig, connect_max: Duration) -> Connector {
+    connector(ConnectSettings { tls, policy: policy(), connect_max, attempt_max: DEADLINE })
 }
 
 async fn attempt(courier: &impl Courier, parcel: Parcel) -> Attempted {
@@ -244,7 +254,7 @@ async fn the_status_is_the_answer_whatever_comes_of_the_body() {
 
 #[tokio::test]
 async fn no_answer_in_time_is_a_timeout_and_the_connection_is_given_up() {
-    let impatient = WebhookCourier::new(settings(Duration::from_millis(300)));
+    let impatient = WebhookCourier::new(policy(), settings(Duration::from_millis(300)));
     let mut receiver = Receiver::start(|n, _| match n {
         0 => Answer::Hang,
         1 => Answer::Drip(b"HTTP/1.1 200 OK\r\nx: ".to_vec()),
@@ -360,7 +370,7 @@ async fn failures_to_connect_have_names() {
     // Takes the connection and says nothing in TLS.
     let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let https = format!("https://{}/", listener.local_addr().unwrap());
-    let hasty = connector(tls::with_native_roots(), Duration::from_millis(50));
+    let hasty = connecting(tls::with_native_roots(), Duration::from_millis(50));
     let courier = WebhookCourier::with_connector(hasty, settings(DEADLINE));
     let done = attempt(&courier, parcel(1, Some(&https))).await;
     assert_eq!(done.attempt.error.as_deref(), Some("CONNECT_TIMEOUT"));
@@ -414,7 +424,7 @@ async fn https_is_spoken_with_whom_the_roots_vouch_for_and_nobody_else() {
     let (certificate, url, serving) = https_receiver();
     let mut roots = rustls::RootCertStore::empty();
     roots.add(certificate).unwrap();
-    let trusting = connector(tls::with_roots(roots.clone()), DEADLINE);
+    let trusting = connecting(tls::with_roots(roots.clone()), DEADLINE);
     let courier = WebhookCourier::with_connector(trusting, settings(DEADLINE));
     let done = attempt(&courier, parcel(1, Some(&url))).await;
     assert_eq!(done.verdict, Verdict::Accepted, "{done:?}");
@@ -429,7 +439,7 @@ async fn https_is_spoken_with_whom_the_roots_vouch_for_and_nobody_else() {
 #[tokio::test]
 async fn without_root_certificates_http_works() {
     let receiver = Receiver::always(EMPTY_OK).await;
-    let rootless = connector(tls::with_roots(rustls::RootCertStore::empty()), DEADLINE);
+    let rootless = connecting(tls::with_roots(rustls::RootCertStore::empty()), DEADLINE);
     let courier = WebhookCourier::with_connector(rootless, settings(DEADLINE));
     let done = attempt(&courier, parcel(1, Some(&receiver.url()))).await;
     assert_eq!(done.verdict, Verdict::Accepted);
