@@ -241,17 +241,18 @@ fn network(entry: &str) -> Result<IpNet, BadList> {
     {
         return Err(BadList::Mapped(shown()));
     }
-    let is_single = network.prefix_len() == network.max_prefix_len();
-    if is_single && reach(network.addr()) == Reach::Forbidden {
-        return Err(BadList::Forbidden(shown(), network));
-    }
     // A single address within a larger network stays refused there, and the rest of it is of use.
     let reached = FORBIDDEN.iter().find(|forbidden| {
         let is_range = forbidden.prefix_len() < forbidden.max_prefix_len();
         forbidden.contains(&network) || (is_range && network.contains(*forbidden))
     });
+    let is_single = network.prefix_len() == network.max_prefix_len();
     match reached {
         Some(forbidden) => Err(BadList::Forbidden(shown(), *forbidden)),
+        // One that carries such an address within it.
+        None if is_single && reach(network.addr()) == Reach::Forbidden => {
+            Err(BadList::Forbidden(shown(), network))
+        }
         None => Ok(network),
     }
 }
@@ -277,4 +278,283 @@ fn without_root(name: &str) -> &str {
 
 fn shown(entry: &str) -> String {
     entry.chars().filter(|c| !c.is_control()).take(SHOWN_CHARS).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn ip(text: &str) -> IpAddr {
+        text.parse().unwrap_or_else(|_| panic!("{text}"))
+    }
+
+    fn allowing(networks: &str, hosts: &str) -> Policy {
+        Policy {
+            networks: AllowedNetworks::parse(networks).unwrap(),
+            hosts: AllowedHosts::parse(hosts).unwrap(),
+        }
+    }
+
+    /// First and last address of what is not public in IPv4, from the registry of special addresses.
+    const V4_RANGES: &[(&str, &str, Reach)] = &[
+        ("0.0.0.0", "0.255.255.255", Reach::Forbidden),
+        ("10.0.0.0", "10.255.255.255", Reach::Private),
+        ("100.64.0.0", "100.100.100.199", Reach::Private),
+        ("100.100.100.200", "100.100.100.200", Reach::Forbidden),
+        ("100.100.100.201", "100.127.255.255", Reach::Private),
+        ("127.0.0.0", "127.255.255.255", Reach::Private),
+        ("168.63.129.16", "168.63.129.16", Reach::Forbidden),
+        ("169.254.0.0", "169.254.255.255", Reach::Forbidden),
+        ("172.16.0.0", "172.31.255.255", Reach::Private),
+        ("192.0.0.0", "192.0.0.191", Reach::Private),
+        ("192.0.0.192", "192.0.0.192", Reach::Forbidden),
+        ("192.0.0.193", "192.0.0.255", Reach::Private),
+        ("192.0.2.0", "192.0.2.255", Reach::Private),
+        ("192.88.99.0", "192.88.99.255", Reach::Private),
+        ("192.168.0.0", "192.168.255.255", Reach::Private),
+        ("198.18.0.0", "198.19.255.255", Reach::Private),
+        ("198.51.100.0", "198.51.100.255", Reach::Private),
+        ("203.0.113.0", "203.0.113.255", Reach::Private),
+        ("224.0.0.0", "239.255.255.255", Reach::Forbidden),
+        ("240.0.0.0", "255.255.255.254", Reach::Private),
+        ("255.255.255.255", "255.255.255.255", Reach::Forbidden),
+    ];
+
+    fn by_ranges(address: Ipv4Addr) -> Reach {
+        let within = V4_RANGES.iter().find(|(first, last, _)| {
+            let bound = |text: &str| text.parse::<Ipv4Addr>().unwrap();
+            (bound(first)..=bound(last)).contains(&address)
+        });
+        within.map_or(Reach::Public, |(_, _, reach)| *reach)
+    }
+
+    #[test]
+    fn ipv4_ranges_end_where_the_registry_says() {
+        for (first, last, _) in V4_RANGES {
+            for edge in [first, last] {
+                let edge = u32::from(edge.parse::<Ipv4Addr>().unwrap());
+                for near in [edge.wrapping_sub(1), edge, edge.wrapping_add(1)] {
+                    let near = Ipv4Addr::from(near);
+                    assert_eq!(reach(near.into()), by_ranges(near), "{near}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn ipv6_is_public_where_it_is_handed_out_and_nowhere_else() {
+        for (text, expected) in [
+            ("2606:4700:4700::1111", Reach::Public),
+            ("2001:4860:4860::8888", Reach::Public),
+            ("2400:cb00::1", Reach::Public),
+            ("3ffe::1", Reach::Public),
+            ("::1", Reach::Private),
+            ("100::1", Reach::Private),
+            ("2001:1::1", Reach::Private),
+            ("2001:2::1", Reach::Private),
+            ("2001:20::1", Reach::Private),
+            ("2001:db8::1", Reach::Private),
+            ("3fff::1", Reach::Private),
+            ("3fff:fff:ffff::1", Reach::Private),
+            ("3fff:1000::1", Reach::Public),
+            ("4000::1", Reach::Private),
+            ("5f00::1", Reach::Private),
+            ("1fff::1", Reach::Private),
+            ("64:ff9a::1", Reach::Private),
+            ("64:ff9b:2::1", Reach::Private),
+            ("fc00::1", Reach::Private),
+            ("fd12:3456::1", Reach::Private),
+            ("fec0::1", Reach::Private),
+            ("::", Reach::Forbidden),
+            ("fd00:ec2::254", Reach::Forbidden),
+            ("fd00:ec2::23", Reach::Forbidden),
+            ("fd00:ec2::255", Reach::Private),
+            ("fd20:ce::254", Reach::Forbidden),
+            ("fe80::1", Reach::Forbidden),
+            ("febf::1", Reach::Forbidden),
+            ("ff02::1", Reach::Forbidden),
+            ("ffff::1", Reach::Forbidden),
+        ] {
+            assert_eq!(reach(ip(text)), expected, "{text}");
+        }
+    }
+
+    /// Every way to put an IPv4 address into an IPv6 one.
+    fn wrapped(v4: Ipv4Addr) -> Vec<(&'static str, Ipv6Addr)> {
+        let [a, b, c, d] = v4.octets();
+        let (high, low) = (u16::from_be_bytes([a, b]), u16::from_be_bytes([c, d]));
+        let (mid, [_, last]) = (u16::from_be_bytes([b, c]), low.to_be_bytes());
+        let v6 = |s: [u16; 8]| Ipv6Addr::from(s);
+        vec![
+            ("mapped", v6([0, 0, 0, 0, 0, 0xffff, high, low])),
+            ("compatible", v6([0, 0, 0, 0, 0, 0, high, low])),
+            ("translated", v6([0, 0, 0, 0, 0xffff, 0, high, low])),
+            ("NAT64", v6([0x64, 0xff9b, 0, 0, 0, 0, high, low])),
+            ("local NAT64 /96", v6([0x64, 0xff9b, 1, 0, 0, 0, high, low])),
+            ("local NAT64 /64", v6([0x64, 0xff9b, 1, 7, a.into(), mid, u16::from(last) << 8, 0])),
+            ("local NAT64 /56", v6([0x64, 0xff9b, 1, 0x700 | u16::from(a), b.into(), low, 0, 0])),
+            ("local NAT64 /48", v6([0x64, 0xff9b, 1, high, c.into(), u16::from(last) << 8, 0, 0])),
+            ("6to4", v6([0x2002, high, low, 1, 0, 0, 0, 1])),
+            ("Teredo client", v6([0x2001, 0, 0x0808, 0x0808, 0, 0, !high, !low])),
+            ("Teredo server", v6([0x2001, 0, high, low, 0, 0, 0xf7f7, 0xf7f7])),
+            ("ISATAP", v6([0x2606, 1, 2, 3, 0, 0x5efe, high, low])),
+            ("ISATAP, global", v6([0x2606, 1, 2, 3, 0x200, 0x5efe, high, low])),
+        ]
+    }
+
+    #[test]
+    fn what_is_always_refused_is_so_in_every_wrapping() {
+        for (first, last, expected) in V4_RANGES {
+            for v4 in [first, last].map(|text| text.parse::<Ipv4Addr>().unwrap()) {
+                // `::` and `::1` are no wrapped 0.0.0.0 and 0.0.0.1, and 0.x is what empty bits read as.
+                let shadowed = |how: &str| {
+                    v4.octets()[0] == 0 && (how == "compatible" || how.starts_with("local"))
+                };
+                for (how, v6) in wrapped(v4).into_iter().filter(|(how, _)| !shadowed(how)) {
+                    assert!(reach(v6.into()) >= *expected, "{v4} {how}: {v6}");
+                }
+            }
+        }
+    }
+
+    fn any_network() -> impl Strategy<Value = IpNet> {
+        let of = |(bits, prefix): (u32, u8)| {
+            IpNet::from(Ipv4Net::new(bits.into(), prefix).unwrap()).trunc()
+        };
+        (any::<u32>(), 8_u8..=32).prop_map(of)
+    }
+
+    proptest! {
+        #[test]
+        fn any_ipv4_address_is_judged_as_the_registry_says(bits in any::<u32>()) {
+            let v4 = Ipv4Addr::from(bits);
+            prop_assert_eq!(reach(v4.into()), by_ranges(v4));
+        }
+
+        #[test]
+        fn wrapping_never_makes_an_address_better(bits in 0x0100_0000_u32..) {
+            let v4 = Ipv4Addr::from(bits);
+            for (how, v6) in wrapped(v4) {
+                prop_assert!(reach(v6.into()) >= by_ranges(v4), "{v4} {how}: {v6}");
+            }
+            prop_assert_eq!(reach(wrapped(v4)[0].1.into()), by_ranges(v4));
+        }
+
+        #[test]
+        fn of_ipv6_nothing_is_public_outside_of_what_is_handed_out(bits in any::<u128>()) {
+            let v6 = Ipv6Addr::from(bits);
+            let handed_out = bits >> 125 == 1 || bits >> 32 == 0x64_ff9b << 64;
+            prop_assert!(handed_out || reach(v6.into()) != Reach::Public, "{v6}");
+        }
+
+        #[test]
+        fn an_allowed_network_opens_itself_and_nothing_else(network in any_network(), bits in any::<u32>()) {
+            let Ok(networks) = AllowedNetworks::parse(&network.to_string()) else { return Ok(()) };
+            let policy = Policy { networks, ..Default::default() };
+            let inside = match network.network() {
+                IpAddr::V4(first) => u32::from(first) | (bits & u32::MAX.checked_shr(network.prefix_len().into()).unwrap_or(0)),
+                IpAddr::V6(_) => bits,
+            };
+            for v4 in [bits, inside].map(Ipv4Addr::from) {
+                let expected = match by_ranges(v4) {
+                    Reach::Public => true,
+                    Reach::Private => network.contains(&IpAddr::V4(v4)),
+                    Reach::Forbidden => false,
+                };
+                prop_assert_eq!(policy.admits("h", v4.into()), expected, "{} in {}", v4, network);
+            }
+        }
+    }
+
+    #[test]
+    fn an_address_within_another_must_be_allowed_as_well() {
+        let policy = allowing("10.1.0.0/16, fd12::/48", "none");
+        for (address, admitted) in [
+            ("10.1.2.3", true),
+            ("::ffff:10.1.2.3", true),
+            ("64:ff9b::10.1.2.3", true),
+            ("64:ff9b::10.2.2.3", false),
+            ("2002:a01:203::1", false), // 6to4 itself is not allowed
+            ("fd12::10.1.2.3", true),
+            ("fd12:0:1::1", false),
+            ("127.0.0.1", false),
+            ("::1", false),
+            ("8.8.8.8", true),
+        ] {
+            assert_eq!(policy.admits("h", ip(address)), admitted, "{address}");
+        }
+        let tunnels = allowing("10.1.0.0/16, 2002:a01::/32", "none");
+        assert!(tunnels.admits("h", ip("2002:a01:203::1")));
+        assert!(!allowing("2002:a01::/32", "none").admits("h", ip("2002:a01:203::1")));
+    }
+
+    #[test]
+    fn an_allowed_host_may_be_private_and_never_metadata() {
+        let policy = allowing("none", "reservation-api, *.svc.cluster.local, Ünïcode.example.");
+        for (host, admitted) in [
+            ("reservation-api", true),
+            ("RESERVATION-API", true),
+            ("reservation-api.", true),
+            ("a.reservation-api", false),
+            ("xreservation-api", false),
+            ("reservation-api.evil.example", false),
+            ("a.svc.cluster.local", true),
+            ("a.b.svc.cluster.local.", true),
+            ("svc.cluster.local", false),
+            (".svc.cluster.local", false),
+            ("xsvc.cluster.local", false),
+            ("a.svc.cluster.local.evil.example", false),
+            ("xn--ncode-cta3g.example", true),
+            ("", false),
+        ] {
+            for private in ["10.0.0.1", "127.0.0.1", "fd12::1", "::1"] {
+                assert_eq!(policy.admits(host, ip(private)), admitted, "{host} {private}");
+            }
+            for forbidden in ["169.254.169.254", "0.0.0.0", "::", "fd00:ec2::254", "fe80::1"] {
+                assert!(!policy.admits(host, ip(forbidden)), "{host} {forbidden}");
+            }
+            assert!(policy.admits(host, ip("8.8.8.8")), "{host}");
+        }
+    }
+
+    #[test]
+    fn lists_that_open_nothing_or_too_much_are_refused() {
+        for (networks, why) in [
+            ("10.0.0.0/8,169.254.169.254/32", "169.254.169.254"),
+            ("169.254.0.0/16", "169.254.0.0/16"),
+            ("168.0.0.0/5", "169.254.0.0/16"),
+            ("0.0.0.0/0", "0.0.0.0/8"),
+            ("::/0", "IPv4"),
+            ("fe80::/64", "fe80::/10"),
+            ("100.100.100.200", "100.100.100.200/32"),
+            ("fd00:ec2::254", "fd00:ec2::254/128"),
+            ("64:ff9b::a9fe:a9fe", "64:ff9b::a9fe:a9fe/128"),
+            ("224.0.0.251", "224.0.0.0/4"),
+            ("::ffff:10.0.0.0/104", "IPv4"),
+            ("10.1.2.3/8", "10.0.0.0/8"),
+            ("10.0.0.0/33", "no network"),
+            ("10.0.0/8", "no network"),
+            ("localhost", "no network"),
+            ("10.0.0.0/8,", "no network"),
+            ("none,10.0.0.0/8", "no network"),
+        ] {
+            let told = AllowedNetworks::parse(networks).unwrap_err().to_string();
+            assert!(told.contains(why), "{networks}: {told}");
+        }
+        for networks in ["none", "100.64.0.0/10", "fd00::/8", "10.0.0.1", " ::1 , 127.0.0.0/8 "] {
+            AllowedNetworks::parse(networks).unwrap_or_else(|bad| panic!("{networks}: {bad}"));
+        }
+        for hosts in ["*", "*.", "a b", "a:80", "http://a", "a,,b", "a/b", "*.*.a", "u@h", "."] {
+            let told = AllowedHosts::parse(hosts).unwrap_err();
+            assert!(matches!(told, BadList::NoHostName(_)), "{hosts}: {told}");
+        }
+        for hosts in ["10.0.0.1", "[::1]", "0x7f.1", "2130706433"] {
+            let told = AllowedHosts::parse(hosts).unwrap_err();
+            assert!(matches!(told, BadList::Address(_)), "{hosts}: {told}");
+        }
+        let many = vec!["a"; ENTRIES_MAX + 1].join(",");
+        assert_eq!(AllowedHosts::parse(&many), Err(BadList::TooLong));
+        AllowedHosts::parse(&many[2..]).unwrap();
+    }
 }
