@@ -12,6 +12,8 @@ mod tls;
 pub mod webhook;
 
 #[cfg(test)]
+mod connect_tests;
+#[cfg(test)]
 mod eventbridge_tests;
 #[cfg(test)]
 mod receiver;
