@@ -16,6 +16,8 @@ mod connect_tests;
 #[cfg(test)]
 mod eventbridge_tests;
 #[cfg(test)]
+mod http2_tests;
+#[cfg(test)]
 mod receiver;
 #[cfg(test)]
 mod webhook_tests;

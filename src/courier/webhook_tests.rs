@@ -41,16 +41,16 @@ use crate::{
     egress::{AllowedNetworks, Policy},
 };
 
-const SECRET: &str = "a test's secret, 24 bytes at least";
+pub const SECRET: &str = "a test's secret, 24 bytes at least";
 const EMPTY_OK: &str = "HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n";
 const RETRY: Verdict = Verdict::Retry { not_before: None };
 
-fn settings(timeout: Duration) -> WebhookSettings {
+pub fn settings(timeout: Duration) -> WebhookSettings {
     WebhookSettings { signer: Signer::new(&[SECRET]).unwrap(), timeout, idle_per_origin: 64 }
 }
 
 /// As in development.
-fn policy() -> Policy {
+pub fn policy() -> Policy {
     Policy { networks: AllowedNetworks::parse("127.0.0.0/8,::1").unwrap(), ..Default::default() }
 }
 
@@ -58,11 +58,11 @@ fn courier() -> WebhookCourier {
     WebhookCourier::new(policy(), settings(DEADLINE))
 }
 
-fn connecting(tls: ClientConfig, connect_max: Duration) -> Connector {
+pub fn connecting(tls: ClientConfig, connect_max: Duration) -> Connector {
     connector(ConnectSettings { tls, policy: policy(), connect_max, attempt_max: DEADLINE })
 }
 
-async fn attempt(courier: &impl Courier, parcel: Parcel) -> Attempted {
+pub async fn attempt(courier: &impl Courier, parcel: Parcel) -> Attempted {
     let done = tokio::time::timeout(2 * DEADLINE, courier.attempt(&[parcel], NOW)).await.unwrap();
     assert_eq!(done.len(), 1);
     done.into_iter().next().unwrap()
@@ -274,9 +274,11 @@ async fn no_answer_in_time_is_a_timeout_and_the_connection_is_given_up() {
 }
 
 /// Counts what is read from the socket.
-struct Counted {
-    stream: TcpStream,
-    read: Arc<AtomicUsize>,
+pub struct Counted {
+    pub stream: TcpStream,
+    pub read: Arc<AtomicUsize>,
+    /// As if the receiver had agreed to HTTP/2 in TLS.
+    pub is_http2: bool,
 }
 
 impl AsyncRead for Counted {
@@ -312,7 +314,8 @@ impl AsyncWrite for Counted {
 
 impl Connection for Counted {
     fn connected(&self) -> Connected {
-        Connected::new()
+        let connected = Connected::new();
+        if self.is_http2 { connected.negotiated_h2() } else { connected }
     }
 }
 
@@ -341,7 +344,7 @@ async fn a_long_body_is_not_read() {
             let read = Arc::clone(&counter);
             Box::pin(async move {
                 let stream = TcpStream::connect(to).await?;
-                io::Result::Ok(TokioIo::new(Counted { stream, read }))
+                io::Result::Ok(TokioIo::new(Counted { stream, read, is_http2: false }))
             })
         });
         let courier = WebhookCourier::with_connector(connect, settings(DEADLINE));
