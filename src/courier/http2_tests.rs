@@ -122,7 +122,6 @@ impl Http2 {
                 let (sender, script, server) =
                     (sender.clone(), Arc::clone(&script), server.clone());
                 thread::spawn(move || {
-                    stream.set_read_timeout(Some(DEADLINE)).unwrap();
                     // However it ends, that is what is told.
                     let _ = match server {
                         Some(config) => {
@@ -439,21 +438,24 @@ async fn a_connection_without_an_answer_in_time_is_left_and_ends() {
     for connection in 0..2 {
         let done = attempt(&courier, parcel(1, Some(&receiver.url()))).await;
         assert_eq!((done.attempt.error.as_deref(), done.verdict), (Some("TIMEOUT"), RETRY));
-        let request = receiver.seen.recv().await.unwrap();
-        assert_eq!(request, Seen::Request { connection, stream: 1 });
-        assert_eq!(receiver.next().await, Seen::Closed { connection });
+        // The one before is left at once; that it ends may be seen before or after.
+        while receiver.next().await != (Seen::Request { connection, stream: 1 }) {}
     }
+    while receiver.next().await != (Seen::Closed { connection: 1 }) {}
 }
 
 #[tokio::test]
 async fn a_receiver_that_permits_no_stream_holds_no_connection() {
     const NO_STREAMS: &[u8] = &[0, 3, 0, 0, 0, 0];
-    let mut receiver = Http2::start(None, NO_STREAMS, |_| Answer::Close);
+    let mut receiver = Http2::start(None, NO_STREAMS, |id| Answer::Frames(no_content(id)));
     let (courier, _) = courier_to(receiver.addr, IMPATIENT);
-    // The first may be sent before the settings have come.
-    for connection in 0..3 {
+    let (mut timed_out, mut closed) = (0, 0);
+    // The first on a connection may be sent before the settings have come.
+    while timed_out < 3 {
         let done = attempt(&courier, parcel(1, Some(&receiver.url()))).await;
-        assert_eq!(done.verdict, RETRY, "{done:?}");
-        while receiver.next().await != (Seen::Closed { connection }) {}
+        timed_out += usize::from(done.attempt.error.as_deref() == Some("TIMEOUT"));
+    }
+    while closed < timed_out {
+        closed += usize::from(matches!(receiver.next().await, Seen::Closed { .. }));
     }
 }
