@@ -249,6 +249,24 @@ async fn http2_is_spoken_where_the_receiver_agrees_and_its_connection_is_kept() 
     }
 }
 
+/// Each begins to connect before any knows that the receiver agrees to HTTP/2.
+#[tokio::test]
+async fn many_first_attempts_at_once_all_arrive() {
+    const ATTEMPTS: u32 = 32;
+    let (certificate, server) = identity(&[b"h2"]);
+    let receiver = Http2::start(Some(server), &[], |id| Answer::Frames(no_content(id)));
+    let courier = Arc::new(trusting(certificate));
+    let url = format!("https://localhost:{}/hook", receiver.addr.port());
+    let mut attempts = JoinSet::new();
+    for n in 1..=ATTEMPTS {
+        let (courier, parcel) = (Arc::clone(&courier), parcel(n, Some(&url)));
+        attempts.spawn(async move { attempt(&*courier, parcel).await });
+    }
+    for done in attempts.join_all().await {
+        assert_eq!(done.verdict, Verdict::Accepted, "{done:?}");
+    }
+}
+
 #[tokio::test]
 async fn http1_is_spoken_where_the_receiver_knows_nothing_else() {
     let (certificate, server) = identity(&[b"http/1.1"]);
