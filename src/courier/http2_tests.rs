@@ -371,9 +371,12 @@ async fn after_a_goaway_the_next_attempt_takes_a_new_connection() {
 
 // ---- Receivers that break the rules ----
 
+/// What it is, and the bytes that answer a stream.
+type Case = (&'static str, fn(u32) -> Vec<u8>);
+
 #[tokio::test]
 async fn what_breaks_the_protocol_is_malformed() {
-    let answers: [(&str, fn(u32) -> Vec<u8>); 9] = [
+    let answers: [Case; 9] = [
         ("no HTTP/2", |_| b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n".to_vec()),
         ("a frame too long", |id| frame(DATA, 0, id, &[0; 17 * 1024])),
         ("a body before its head", |id| frame(DATA, 0, id, b"x")),
@@ -430,7 +433,7 @@ async fn a_long_body_is_not_read() {
 
 #[tokio::test]
 async fn chatter_instead_of_an_answer_ends_with_the_attempt() {
-    let answers: [(&str, fn(u32) -> Vec<u8>); 5] = [
+    let answers: [Case; 5] = [
         ("pings", |_| frame(PING, 0, 0, &[0; 8])),
         ("settings", |_| frame(SETTINGS, 0, 0, &[0, 3, 0, 0, 0, 100])),
         ("windows", |_| frame(WINDOW_UPDATE, 0, 0, &[0, 0, 0, 1])),
