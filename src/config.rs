@@ -23,7 +23,7 @@ use url::Url;
 
 pub use environment::{Environment, Origin};
 pub use settings::{env_template, markdown_table};
-pub use value::{EventSink, LogLevel, Scenario, Secrets, Stage, StoreUrl};
+pub use value::{EventSink, LogLevel, Scenario, Secrets, Stage, StartupCheck, StoreUrl};
 
 use settings::{DefaultValue, SETTINGS, Setting, setting};
 use value::{FromValue, Value};
@@ -65,13 +65,19 @@ pub struct WebhookConfig {
     pub backoff_max: Duration,
     pub origin_concurrency: usize,
     pub concurrency: usize,
+    /// Of one origin; `None`: no limit.
+    pub max_rps: Option<u32>,
+    pub dlq_url: Option<Url>,
 }
 
 #[derive(Debug, Clone)]
 pub struct EventConfig {
     pub sink: EventSink,
+    pub startup_check: StartupCheck,
     pub bus_name: String,
     pub source: String,
+    /// Given wherever the sink is `sqs`.
+    pub queue_url: Option<Url>,
     pub aws_profile: Option<String>,
     pub aws_region: String,
     /// Set only when it was given as a flag. From the environment and the `.env` files the SDK
@@ -184,11 +190,15 @@ impl Config {
                 backoff_max: given.take("WEBHOOK_BACKOFF_MAX_MS"),
                 origin_concurrency: given.take("WEBHOOK_ORIGIN_CONCURRENCY"),
                 concurrency: given.take("WEBHOOK_CONCURRENCY"),
+                max_rps: Some(given.take("WEBHOOK_MAX_RPS")).filter(|n| *n > 0),
+                dlq_url: given.take("PAYMENT_WEBHOOK_DLQ_URL"),
             },
             events: EventConfig {
                 sink: given.take("EVENT_SINK"),
+                startup_check: given.take("EVENT_STARTUP_CHECK"),
                 bus_name: given.take("EVENT_BUS_NAME"),
                 source: given.take("PAYMENT_EVENT_SOURCE"),
+                queue_url: given.take("PAYMENT_WEBHOOK_QUEUE_URL"),
                 aws_profile: given.take("AWS_PROFILE"),
                 aws_region: given.take("AWS_REGION"),
                 aws_endpoint_url: given.take_flag("AWS_ENDPOINT_URL"),
@@ -412,6 +422,7 @@ impl Resolved {
             }
         }
         bad.extend(same_port_twice(&rows));
+        bad.extend(sink_without_queue(&rows));
         if bad.is_empty() { Ok(Self(rows)) } else { Err(Ended::BadValues(bad)) }
     }
 
@@ -524,6 +535,22 @@ fn same_port_twice(rows: &BTreeMap<&'static str, Row>) -> Option<BadValue> {
                 allowed: "another port than GRPC_PORT's".into(),
             })
         }
+        _ => None,
+    }
+}
+
+fn sink_without_queue(rows: &BTreeMap<&'static str, Row>) -> Option<BadValue> {
+    let (sink, queue) = (rows.get("EVENT_SINK")?, rows.get("PAYMENT_WEBHOOK_QUEUE_URL")?);
+    match (EventSink::from_value(&sink.0)?, &queue.0) {
+        (EventSink::Sqs, Value::Unset) => Some(BadValue {
+            name: "PAYMENT_WEBHOOK_QUEUE_URL",
+            origin: queue.2,
+            shown: "not set".into(),
+            allowed: format!(
+                "{}; EVENT_SINK=sqs needs it",
+                setting("PAYMENT_WEBHOOK_QUEUE_URL").kind.allowed()
+            ),
+        }),
         _ => None,
     }
 }

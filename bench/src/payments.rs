@@ -79,6 +79,7 @@ pub fn delivered(payment: &Payment, now: Timestamp) -> Option<Payment> {
         max_attempts: Some(10),
         backoff_base: Duration::from_secs(1),
         backoff_max: Duration::from_secs(3_600),
+        dead_letters: false,
     };
     let n = payment.due_notification(Channel::Webhook, now)?.n;
     payment.after_attempt((n, Channel::Webhook), done, now, &policy, 0.5)

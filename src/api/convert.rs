@@ -700,13 +700,13 @@ fn wire_delivery(
 ) -> pb::Delivery {
     let terms = &payment.terms;
     let state = match (&delivery.state, held) {
-        (DeliveryState::Owed { .. }, false) => "OWED",
+        (DeliveryState::Owed { .. }, false) | (DeliveryState::Redelivery { .. }, _) => "OWED",
         (DeliveryState::Owed { .. }, true) => "HELD",
         (DeliveryState::Delivered { .. }, _) => "DELIVERED",
-        (DeliveryState::Dead { .. }, _) => "DEAD",
+        (DeliveryState::Dead { .. } | DeliveryState::DeadLettered { .. }, _) => "DEAD",
     };
     let url = match channel {
-        Channel::Event => String::new(),
+        Channel::Event | Channel::DeadLetter => String::new(),
         Channel::Webhook => terms.webhook_url.clone().unwrap_or_default(),
     };
     pb::Delivery {

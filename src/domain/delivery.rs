@@ -16,15 +16,18 @@ pub const RETRY_AFTER_MAX: Duration = Duration::from_secs(60 * 60);
 pub enum Channel {
     Event,
     Webhook,
+    /// A webhook that was given up, on its way to the dead-letter queue.
+    DeadLetter,
 }
 
 impl Channel {
-    pub const ALL: [Self; 2] = [Self::Event, Self::Webhook];
+    pub const ALL: [Self; 3] = [Self::Event, Self::Webhook, Self::DeadLetter];
 
     pub const fn as_str(self) -> &'static str {
         match self {
             Self::Event => "event",
             Self::Webhook => "webhook",
+            Self::DeadLetter => "dead_letter",
         }
     }
 }
@@ -100,9 +103,28 @@ pub struct Delivery {
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum DeliveryState {
-    Owed { due: Timestamp },
-    Delivered { at: Timestamp },
-    Dead { at: Timestamp, why: String },
+    Owed {
+        due: Timestamp,
+    },
+    Delivered {
+        at: Timestamp,
+    },
+    Dead {
+        at: Timestamp,
+        why: String,
+    },
+    /// Dead, with a letter to the dead-letter queue: a delivery of its own.
+    DeadLettered {
+        at: Timestamp,
+        why: String,
+        letter: Box<Delivery>,
+    },
+    /// Owed again, on order, outside the order of the rest.
+    Redelivery {
+        due: Timestamp,
+        /// Attempts that the order found: the schedule starts anew behind them.
+        attempts_before: u32,
+    },
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -127,6 +149,9 @@ pub enum Verdict {
     Retry {
         not_before: Option<Timestamp>,
     },
+    /// The other side takes nothing at all just now: nothing is wrong with this one, and it goes as
+    /// soon as any does.
+    Unavailable,
     /// Trying again is no use.
     Refused,
 }
@@ -138,6 +163,8 @@ pub struct RetryPolicy {
     pub max_attempts: Option<u32>,
     pub backoff_base: Duration,
     pub backoff_max: Duration,
+    /// Whether what is given up goes to a dead-letter queue.
+    pub dead_letters: bool,
 }
 
 impl RetryPolicy {
@@ -160,9 +187,32 @@ impl Delivery {
 
     pub const fn due(&self) -> Option<Timestamp> {
         match self.state {
-            DeliveryState::Owed { due } => Some(due),
-            DeliveryState::Delivered { .. } | DeliveryState::Dead { .. } => None,
+            DeliveryState::Owed { due } | DeliveryState::Redelivery { due, .. } => Some(due),
+            DeliveryState::Delivered { .. }
+            | DeliveryState::Dead { .. }
+            | DeliveryState::DeadLettered { .. } => None,
         }
+    }
+
+    /// When and why it was given up.
+    pub fn death(&self) -> Option<(Timestamp, &str)> {
+        match &self.state {
+            DeliveryState::Dead { at, why } | DeliveryState::DeadLettered { at, why, .. } => {
+                Some((*at, why))
+            }
+            DeliveryState::Owed { .. }
+            | DeliveryState::Redelivery { .. }
+            | DeliveryState::Delivered { .. } => None,
+        }
+    }
+
+    /// Owed once more, with attempts counted anew; `None` where it is owed already.
+    pub fn redelivery(mut self, due: Timestamp) -> Option<Self> {
+        if self.due().is_some() {
+            return None;
+        }
+        self.state = DeliveryState::Redelivery { due, attempts_before: self.attempts_made };
+        Some(self)
     }
 
     /// What an attempt makes of a delivery that is owed; any other stays what it is.
@@ -182,34 +232,82 @@ impl Delivery {
             self.attempts.remove(0);
         }
         self.attempts.push(done.attempt);
-        let spent = policy.max_attempts.is_some_and(|max| self.attempts_made >= max);
+        let made = self.attempts_made - self.attempts_before();
+        let spent = policy.max_attempts.is_some_and(|max| made >= max);
         self.state = match done.verdict {
             Verdict::Accepted => DeliveryState::Delivered { at: now },
+            Verdict::Unavailable if !spent => self.owed_at(now),
             Verdict::Retry { not_before } if !spent => {
-                let due = now.plus(policy.wait(self.attempts_made, jitter));
+                let due = now.plus(policy.wait(made, jitter));
                 let asked = not_before.map(|at| at.min(now.plus(RETRY_AFTER_MAX)));
-                DeliveryState::Owed { due: asked.map_or(due, |at| due.max(at)) }
+                self.owed_at(asked.map_or(due, |at| due.max(at)))
             }
-            Verdict::Retry { .. } | Verdict::Refused => {
-                DeliveryState::Dead { at: now, why: error.unwrap_or_else(|| "REFUSED".to_owned()) }
+            Verdict::Retry { .. } | Verdict::Unavailable | Verdict::Refused => {
+                let why = error.unwrap_or_else(|| "REFUSED".to_owned());
+                match policy.dead_letters {
+                    true => {
+                        let letter = Box::new(Self::owed(now));
+                        DeliveryState::DeadLettered { at: now, why, letter }
+                    }
+                    false => DeliveryState::Dead { at: now, why },
+                }
             }
         };
         self
     }
-}
 
-impl Notification {
-    pub const fn delivery(&self, channel: Channel) -> Option<&Delivery> {
-        match channel {
-            Channel::Event => self.event.as_ref(),
-            Channel::Webhook => self.webhook.as_ref(),
+    const fn attempts_before(&self) -> u32 {
+        match self.state {
+            DeliveryState::Redelivery { attempts_before, .. } => attempts_before,
+            DeliveryState::Owed { .. }
+            | DeliveryState::Delivered { .. }
+            | DeliveryState::Dead { .. }
+            | DeliveryState::DeadLettered { .. } => 0,
         }
     }
 
-    pub const fn delivery_mut(&mut self, channel: Channel) -> Option<&mut Delivery> {
+    /// Still owed, in the order it was in.
+    const fn owed_at(&self, due: Timestamp) -> DeliveryState {
+        match self.state {
+            DeliveryState::Redelivery { attempts_before, .. } => {
+                DeliveryState::Redelivery { due, attempts_before }
+            }
+            DeliveryState::Owed { .. }
+            | DeliveryState::Delivered { .. }
+            | DeliveryState::Dead { .. }
+            | DeliveryState::DeadLettered { .. } => DeliveryState::Owed { due },
+        }
+    }
+}
+
+impl Notification {
+    pub fn delivery(&self, channel: Channel) -> Option<&Delivery> {
+        match channel {
+            Channel::Event => self.event.as_ref(),
+            Channel::Webhook => self.webhook.as_ref(),
+            Channel::DeadLetter => match &self.webhook.as_ref()?.state {
+                DeliveryState::DeadLettered { letter, .. } => Some(letter),
+                _ => None,
+            },
+        }
+    }
+
+    pub fn delivery_mut(&mut self, channel: Channel) -> Option<&mut Delivery> {
         match channel {
             Channel::Event => self.event.as_mut(),
             Channel::Webhook => self.webhook.as_mut(),
+            Channel::DeadLetter => match &mut self.webhook.as_mut()?.state {
+                DeliveryState::DeadLettered { letter, .. } => Some(letter),
+                _ => None,
+            },
+        }
+    }
+
+    /// When its delivery on a channel is due, if that keeps to the order of the payment's notifications.
+    fn due_in_order(&self, channel: Channel) -> Option<Timestamp> {
+        match self.delivery(channel)?.state {
+            DeliveryState::Owed { due } if self.topic.is_ordered() => Some(due),
+            _ => None,
         }
     }
 
@@ -218,22 +316,20 @@ impl Notification {
     }
 }
 
-/// The notification to attempt next on a channel: the first ordered one that is still owed, or a
-/// simulated one, whichever is due earlier. Later ordered ones are held.
+/// The notification to attempt next on a channel: the first that keeps to the order and is still owed,
+/// or one outside of it (simulated, redelivered), whichever is due earlier. Later ones in order are held.
 pub fn next_owed(notifications: &[Notification], channel: Channel) -> Option<(u32, Timestamp)> {
-    let owed = |n: &Notification| Some((n.n, n.delivery(channel)?.due()?));
-    let ordered = notifications.iter().filter(|n| n.topic.is_ordered()).find_map(owed);
-    let simulated = notifications.iter().filter(|n| !n.topic.is_ordered()).filter_map(owed);
-    ordered.into_iter().chain(simulated).min_by_key(|(n, due)| (*due, *n))
+    let in_order = |n: &Notification| Some((n.n, n.due_in_order(channel)?));
+    let outside = notifications.iter().filter(|n| n.due_in_order(channel).is_none());
+    let owed = outside.filter_map(|n| Some((n.n, n.delivery(channel)?.due()?)));
+    let first = notifications.iter().find_map(in_order);
+    first.into_iter().chain(owed).min_by_key(|(n, due)| (*due, *n))
 }
 
 /// Whether a delivery waits for an earlier one of its payment and channel.
 pub fn is_held(notifications: &[Notification], n: u32, channel: Channel) -> bool {
-    notifications
-        .iter()
-        .filter(|other| other.topic.is_ordered() && other.n < n)
-        .any(|other| other.delivery(channel).is_some_and(|d| d.due().is_some()))
-        && notifications.iter().any(|this| this.n == n && this.topic.is_ordered())
+    let mut in_order = notifications.iter().filter(|other| other.due_in_order(channel).is_some());
+    in_order.next().is_some_and(|first| first.n < n) && in_order.any(|other| other.n == n)
 }
 
 #[cfg(test)]
@@ -247,6 +343,7 @@ mod tests {
             max_attempts: Some(10),
             backoff_base: Duration::from_secs(1),
             backoff_max: Duration::from_secs(3600),
+            dead_letters: false,
         }
     }
 
@@ -312,5 +409,61 @@ mod tests {
             |verdict| Delivery::owed(NOW).after_attempt(failed(verdict), NOW, &policy(), 0.5).state;
         assert_eq!(end(Verdict::Accepted), DeliveryState::Delivered { at: NOW });
         assert!(matches!(end(Verdict::Refused), DeliveryState::Dead { .. }));
+    }
+
+    #[test]
+    fn while_the_other_side_takes_nothing_it_stays_due() {
+        let down = failed(Verdict::Unavailable);
+        let delivery = Delivery::owed(NOW).after_attempt(down, NOW.plus_ms(7), &policy(), 1.0);
+        assert_eq!((delivery.due(), delivery.attempts_made), (Some(NOW.plus_ms(7)), 1));
+    }
+
+    #[test]
+    fn what_is_given_up_leaves_a_letter_where_there_is_a_queue() {
+        let policy = RetryPolicy { dead_letters: true, ..policy() };
+        let dead = Delivery::owed(NOW).after_attempt(failed(Verdict::Refused), NOW, &policy, 0.5);
+        assert_eq!(dead.death(), Some((NOW, "HTTP 500")));
+        let mut one = notification(1, Topic::StatusUpdated, dead);
+        assert_eq!(next_owed(std::slice::from_ref(&one), Channel::DeadLetter), Some((1, NOW)));
+        assert_eq!(next_owed(std::slice::from_ref(&one), Channel::Webhook), None);
+        assert!(one.is_owed(), "its letter is");
+        let letter = one.delivery_mut(Channel::DeadLetter).unwrap();
+        *letter = letter.clone().after_attempt(failed(Verdict::Accepted), NOW, &policy, 0.5);
+        assert!(!one.is_owed());
+    }
+
+    #[test]
+    fn a_redelivery_has_a_schedule_of_its_own_and_waits_for_nothing() {
+        let spent = (0..10).fold(Delivery::owed(NOW), |d, _| {
+            let now = d.due().unwrap();
+            d.after_attempt(retry(), now, &policy(), 0.0)
+        });
+        let later = Delivery::owed(NOW.plus_ms(60_000));
+        let due = NOW.plus_ms(90_000);
+        let again = spent.redelivery(due).unwrap();
+        assert!(again.clone().redelivery(due).is_none(), "it is owed already");
+        let tried = again.clone().after_attempt(retry(), due, &policy(), 1.0);
+        assert_eq!((tried.due(), tried.attempts_made), (Some(due.plus_ms(1_000)), 11));
+
+        let both = [
+            notification(1, Topic::StatusUpdated, again),
+            notification(2, Topic::StatusUpdated, later),
+        ];
+        assert_eq!(next_owed(&both, Channel::Webhook), Some((2, NOW.plus_ms(60_000))));
+        assert!(!is_held(&both, 2, Channel::Webhook), "a redelivery holds up nothing");
+    }
+
+    fn notification(n: u32, topic: Topic, webhook: Delivery) -> Notification {
+        let snapshot = Snapshot {
+            version: 2,
+            status: Status::Completed,
+            at: NOW,
+            decided: true,
+            approved: true,
+            failure_reason: None,
+            refund: None,
+            refunded_amount: None,
+        };
+        Notification { n, topic, snapshot, event: None, webhook: Some(webhook) }
     }
 }

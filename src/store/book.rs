@@ -26,6 +26,7 @@ impl Dues {
             payment.progress.state.wakes_at(),
             payment.delivery_due(Channel::Event),
             payment.delivery_due(Channel::Webhook),
+            payment.delivery_due(Channel::DeadLetter),
         ])
     }
 
@@ -289,7 +290,7 @@ mod tests {
     }
 
     fn wake(ms: i64) -> Dues {
-        Dues([Some(at(ms)), None, None])
+        Dues([Some(at(ms)), None, None, None])
     }
 
     #[test]
