@@ -65,6 +65,8 @@ pub struct WebhookConfig {
     pub backoff_max: Duration,
     pub origin_concurrency: usize,
     pub concurrency: usize,
+    /// Of one origin; `None`: no limit.
+    pub max_rps: Option<u32>,
     pub dlq_url: Option<Url>,
 }
 
@@ -188,6 +190,7 @@ impl Config {
                 backoff_max: given.take("WEBHOOK_BACKOFF_MAX_MS"),
                 origin_concurrency: given.take("WEBHOOK_ORIGIN_CONCURRENCY"),
                 concurrency: given.take("WEBHOOK_CONCURRENCY"),
+                max_rps: Some(given.take("WEBHOOK_MAX_RPS")).filter(|n| *n > 0),
                 dlq_url: given.take("PAYMENT_WEBHOOK_DLQ_URL"),
             },
             events: EventConfig {

@@ -220,8 +220,14 @@ impl Running {
         // The feeders end while the calls in flight do: neither waits for the other.
         tasks.end(&["startup-check", "scheduler", "webhooks", "events"], ATTEMPTS_GRACE).await;
         let Service { webhooks, events, store, .. } = service;
-        if !webhooks.drain(ATTEMPTS_GRACE).await {
-            tracing::warn!("webhooks in flight were abandoned; they are still owed");
+        let events_drained = async {
+            match &events {
+                Some(events) => events.drain(ATTEMPTS_GRACE).await,
+                None => true,
+            }
+        };
+        if tokio::join!(webhooks.drain(ATTEMPTS_GRACE), events_drained) != (true, true) {
+            tracing::warn!("deliveries in flight were abandoned; they are still owed");
         }
         // With the last feeder gone the finisher writes what it has and ends.
         drop((webhooks, events));

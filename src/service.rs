@@ -29,7 +29,7 @@ use crate::{
     },
     edge::{Edge, EdgeLimits},
     metrics::{Metrics, OutboxDepth},
-    outbox::{Events, Finisher, Jitter, Policies, Shared, WebhookLimits, Webhooks},
+    outbox::{Batches, Finisher, Jitter, Mail, Policies, RETRIES, Shared, WebhookLimits, Webhooks},
     scheduler::Scheduler,
     store::{self, Location, Retention, Store, Work},
 };
@@ -77,7 +77,7 @@ pub struct Service {
     pub store: Arc<dyn Store>,
     pub clock: Arc<dyn Clock>,
     pub scheduler: Arc<Scheduler>,
-    pub events: Option<Arc<Events>>,
+    pub events: Option<Arc<Batches>>,
     pub webhooks: Arc<Webhooks>,
     /// Until it is started.
     pub finisher: Option<Finisher>,
@@ -107,14 +107,15 @@ impl Service {
             clock: Arc::clone(&clock),
             metrics: Arc::clone(metrics),
         };
-        let (finisher, done) = Finisher::new(shared.clone(), policies(config), chance);
+        let (finisher, done) = Finisher::new(shared.clone(), policies(config), Arc::clone(&chance));
         let events = events_courier(config, &aws, event_log).await?.map(|courier| {
-            let sink = config.events.sink.as_str();
-            Arc::new(Events::new(shared.clone(), courier, sink, done.clone()))
+            let mail = Mail::Events(config.events.sink.as_str());
+            Arc::new(Batches::new(shared.clone(), courier, mail, chance, done.clone()))
         });
         let limits = WebhookLimits {
             concurrency: config.webhook.concurrency,
             origin_concurrency: config.webhook.origin_concurrency,
+            origin_max_rps: config.webhook.max_rps,
         };
         let webhooks = Webhooks::new(shared, webhook_courier(config)?, limits, done);
         let grpc_end = CancellationToken::new();
@@ -193,7 +194,11 @@ fn watch_outbox(metrics: &Metrics, store: &Arc<dyn Store>, clock: &Arc<dyn Clock
             let oldest_age = backlog.oldest.map_or(Duration::ZERO, |due| now.since(due));
             OutboxDepth { channel, pending: backlog.pending as u64, oldest_age }
         };
-        vec![depth("event", Work::Event), depth("webhook", Work::Webhook)]
+        vec![
+            depth("event", Work::Event),
+            depth("webhook", Work::Webhook),
+            depth("dead_letter", Work::DeadLetter),
+        ]
     });
 }
 
@@ -211,7 +216,7 @@ fn scenario_settings(config: &Config) -> scenario::Settings {
 
 fn policies(config: &Config) -> Policies {
     Policies {
-        event: Policies::event(),
+        batched: RETRIES,
         webhook: RetryPolicy {
             max_attempts: Some(config.webhook.max_attempts),
             backoff_base: config.webhook.backoff_base,

@@ -210,7 +210,9 @@ pub static SETTINGS: &[Setting] = &[
     row(WEBHOOKS, "WEBHOOK_ORIGIN_CONCURRENCY", Kind::Whole { min: 1, max: 16_384 }, Fixed("64"),
         "Attempts under way at a time to one origin (scheme, host, port)."),
     row(WEBHOOKS, "WEBHOOK_CONCURRENCY", Kind::Whole { min: 1, max: 16_384 }, Fixed("1024"),
-        "Attempts under way at a time in all."),
+        "Attempts under way at a time in all; no origin has more places than are still free."),
+    row(WEBHOOKS, "WEBHOOK_MAX_RPS", Kind::Whole { min: 0, max: 1_000_000 }, Fixed("0"),
+        "Attempts a second to one origin at most; 0: no limit."),
     row(WEBHOOKS, "PAYMENT_WEBHOOK_DLQ_URL", Kind::Url { max_chars: MAX_URL_CHARS }, Unset,
         "SQS queue that gets the webhooks that were given up."),
 

@@ -11,7 +11,7 @@ use aws_sdk_eventbridge::{
 
 use super::{
     Courier, Noted, Parcel,
-    aws_call::{self, Answer, Batched, CALL_MAX_ENTRIES, OK, bare, is_throttling, kept},
+    aws_call::{self, Answer, Batched, CALL_MAX_ENTRIES, CALLS_MAX, OK, bare, is_throttling, kept},
 };
 use crate::{
     clock::Stopwatch,
@@ -50,6 +50,10 @@ impl EventBridgeCourier {
 impl Courier for EventBridgeCourier {
     fn batch_max(&self) -> usize {
         CALL_MAX_ENTRIES
+    }
+
+    fn calls_max(&self) -> usize {
+        CALLS_MAX
     }
 
     async fn attempt(&self, batch: &[Parcel], now: Timestamp) -> Vec<Attempted> {

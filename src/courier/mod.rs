@@ -72,6 +72,11 @@ pub trait Courier: Send + Sync + 'static {
     /// The most parcels of one attempt.
     fn batch_max(&self) -> usize;
 
+    /// The most attempts at a time.
+    fn calls_max(&self) -> usize {
+        1
+    }
+
     /// One verdict a parcel, in order. Never fails as a whole, and never panics on what the other side
     /// says. `now` is the moment of the attempt, as it is signed and noted.
     ///

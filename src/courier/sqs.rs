@@ -16,7 +16,9 @@ use sha2::{Digest, Sha256};
 
 use super::{
     Courier, Noted, Parcel,
-    aws_call::{self, Answer, Batched, CALL_MAX_BYTES, CALL_MAX_ENTRIES, OK, bare, kept},
+    aws_call::{
+        self, Answer, Batched, CALL_MAX_BYTES, CALL_MAX_ENTRIES, CALLS_MAX, OK, bare, kept,
+    },
 };
 use crate::{
     clock::Stopwatch,
@@ -109,6 +111,10 @@ fn account(queue_url: &str) -> &str {
 impl Courier for SqsCourier {
     fn batch_max(&self) -> usize {
         CALL_MAX_ENTRIES
+    }
+
+    fn calls_max(&self) -> usize {
+        CALLS_MAX
     }
 
     async fn attempt(&self, batch: &[Parcel], now: Timestamp) -> Vec<Attempted> {

@@ -116,6 +116,11 @@ impl Embedded {
         self.shared.payments.load(Ordering::Relaxed)
     }
 
+    #[cfg(test)]
+    pub(super) fn shared(&self) -> &Shared {
+        &self.shared
+    }
+
     /// One round of upkeep (retention, free space, high-water mark), as it runs every second.
     pub fn upkeep(&self) {
         self.janitor.round();
@@ -246,7 +251,7 @@ impl Store for Embedded {
     }
 
     async fn draw_number(&self, reservation: &str) -> Result<Draw, StoreError> {
-        let key = self.shared.secret.tag(b"draws", &[reservation.as_bytes()]);
+        let key = self.shared.draws_name(reservation);
         self.counters.draw(key, || {
             let stored = self.shared.read(Table::Counter, &key)?;
             stored.map_or(Ok(0), |bytes| record::number(&bytes))

@@ -19,7 +19,7 @@ pub enum Table {
     Lapse,
     /// Due time, payment id → nothing, for payments that wait longer than the scan window.
     Due,
-    /// Hash of a reservation → how many draws it had.
+    /// Hash of a reservation → how many draws it had; goes with the reservation's last payment.
     Counter,
     /// Secret, sequence, marks.
     Meta,
