@@ -77,10 +77,7 @@ pub struct Service {
     pub store: Arc<dyn Store>,
     pub clock: Arc<dyn Clock>,
     pub scheduler: Arc<Scheduler>,
-    pub events: Option<Arc<Batches>>,
-    pub webhooks: Arc<Webhooks>,
-    /// Until it is started.
-    pub finisher: Option<Finisher>,
+    pub outbox: Outbox,
     pub edge: Edge<Payments>,
     /// Until it is started.
     pub startup_check: Option<StartupCheck>,
@@ -107,17 +104,12 @@ impl Service {
             clock: Arc::clone(&clock),
             metrics: Arc::clone(metrics),
         };
-        let (finisher, done) = Finisher::new(shared.clone(), policies(config), Arc::clone(&chance));
-        let events = events_courier(config, &aws, event_log).await?.map(|courier| {
-            let mail = Mail::Events(config.events.sink.as_str());
-            Arc::new(Batches::new(shared.clone(), courier, mail, chance, done.clone()))
-        });
-        let limits = WebhookLimits {
-            concurrency: config.webhook.concurrency,
-            origin_concurrency: config.webhook.origin_concurrency,
-            origin_max_rps: config.webhook.max_rps,
+        let couriers = Couriers {
+            events: events_courier(config, &aws, event_log).await?,
+            webhooks: webhook_courier(config)?,
+            letters: dead_letter_courier(config, &aws).await,
         };
-        let webhooks = Webhooks::new(shared, webhook_courier(config)?, limits, done);
+        let outbox = Outbox::new(config, shared, couriers, chance);
         let grpc_end = CancellationToken::new();
         let (health, health_server) = tonic_health::server::health_reporter();
         let settings = app::Settings {
@@ -135,9 +127,7 @@ impl Service {
                 clock: Arc::clone(&clock),
                 metrics: Arc::clone(metrics),
             }),
-            events,
-            webhooks: Arc::new(webhooks),
-            finisher: Some(finisher),
+            outbox,
             startup_check,
             store,
             clock,
@@ -152,6 +142,55 @@ impl Service {
         for service in SERVICES {
             self.health.set_service_status(service, status).await;
         }
+    }
+}
+
+/// What brings deliveries out, and writes down what came of them.
+pub struct Outbox {
+    pub events: Option<Arc<Batches>>,
+    pub letters: Arc<Batches>,
+    pub webhooks: Arc<Webhooks>,
+    /// Until it is started.
+    pub finisher: Option<Finisher>,
+}
+
+struct Couriers {
+    events: Option<Arc<dyn Courier>>,
+    webhooks: Arc<dyn Courier>,
+    letters: Arc<dyn Courier>,
+}
+
+impl Outbox {
+    fn new(config: &Config, shared: Shared, couriers: Couriers, chance: Jitter) -> Self {
+        let (finisher, done) = Finisher::new(shared.clone(), policies(config), Arc::clone(&chance));
+        let batches = |courier, mail| {
+            let (shared, chance, done) = (shared.clone(), Arc::clone(&chance), done.clone());
+            Arc::new(Batches::new(shared, courier, mail, chance, done))
+        };
+        let sink = Mail::Events(config.events.sink.as_str());
+        let limits = WebhookLimits {
+            concurrency: config.webhook.concurrency,
+            origin_concurrency: config.webhook.origin_concurrency,
+            origin_max_rps: config.webhook.max_rps,
+        };
+        Self {
+            events: couriers.events.map(|courier| batches(courier, sink)),
+            letters: batches(couriers.letters, Mail::DeadLetters),
+            webhooks: Arc::new(Webhooks::new(shared, couriers.webhooks, limits, done)),
+            finisher: Some(finisher),
+        }
+    }
+
+    /// Waits for what is in flight, and abandons what takes longer; false: there was some.
+    pub async fn drain(&self, grace: Duration) -> bool {
+        let events = async {
+            match &self.events {
+                Some(events) => events.drain(grace).await,
+                None => true,
+            }
+        };
+        let all = tokio::join!(events, self.letters.drain(grace), self.webhooks.drain(grace));
+        all == (true, true, true)
     }
 }
 
@@ -221,8 +260,7 @@ fn policies(config: &Config) -> Policies {
             max_attempts: Some(config.webhook.max_attempts),
             backoff_base: config.webhook.backoff_base,
             backoff_max: config.webhook.backoff_max,
-            // With a feeder for dead letters: `config.webhook.dlq_url.is_some()`.
-            dead_letters: false,
+            dead_letters: config.webhook.dlq_url.is_some(),
         },
     }
 }
@@ -321,7 +359,7 @@ async fn events_courier(
 }
 
 /// Letters that an earlier run still owes have to end somewhere, so there always is one.
-pub async fn dead_letter_courier(config: &Config, aws: &Aws<'_>) -> Arc<dyn Courier> {
+async fn dead_letter_courier(config: &Config, aws: &Aws<'_>) -> Arc<dyn Courier> {
     match &config.webhook.dlq_url {
         Some(url) => Arc::new(DeadLetterCourier::new(aws.sdk().await, url.to_string())),
         None => Arc::new(NoDeadLetterQueue),

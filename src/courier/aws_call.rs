@@ -16,7 +16,7 @@ pub const CALL_MAX_ENTRIES: usize = 10;
 /// Of one call, as AWS counts its entries. AWS takes 1 MiB of both since January 2026, but not
 /// everywhere, nor into a queue that was made before.
 pub const CALL_MAX_BYTES: usize = 256 * 1024;
-/// Full calls at a time: at 20 ms a call, 30,000 entries a second.
+/// Full calls at a time: at 20 ms a call, 30,000 events a second.
 pub const CALLS_MAX: usize = 64;
 pub const OK: u16 = 200;
 
