@@ -75,7 +75,7 @@ impl Moto {
 /// Where moto is installed. Without it a test is skipped, in one line that is seen; in CI it fails.
 #[expect(
     clippy::disallowed_methods,
-    reason = "a test that needs an interpreter is told so by its caller"
+    reason = "a test that needs an interpreter is told so by its caller, and says what it skips"
 )]
 pub fn venv() -> Option<String> {
     let venv = std::env::var("PAYMENT_SIM_VENV").ok();
