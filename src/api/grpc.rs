@@ -195,7 +195,7 @@ impl PaymentService for Payments {
             Answer::Cancelled { at } | Answer::Simulated { at, .. } => {
                 convert::cancelled(payment, at, None)
             }
-            Answer::Woken | Answer::Decided | Answer::Held => {
+            Answer::Woken | Answer::Decided | Answer::Held | Answer::Redelivered { .. } => {
                 convert::cancelled(payment, payment.progress.updated_at, None)
             }
         };
@@ -237,7 +237,8 @@ impl PaymentService for Payments {
                 | Answer::Decided
                 | Answer::Held
                 | Answer::Cancelled { .. }
-                | Answer::Refunded { .. } => payment.progress.notified,
+                | Answer::Refunded { .. }
+                | Answer::Redelivered { .. } => payment.progress.notified,
             };
             pb::SimulateWebhookResponse {
                 webhook_sent: true,
