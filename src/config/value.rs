@@ -41,6 +41,9 @@ choices! {
     Stage { Development = "development", Production = "production" }
 }
 choices! {
+    Switch { On = "on", Off = "off" }
+}
+choices! {
     /// Where events go.
     EventSink { EventBridge = "eventbridge", Log = "log", None = "none" }
 }
@@ -121,6 +124,31 @@ impl fmt::Debug for Secrets {
     }
 }
 
+/// What a caller has to show. Neither `Debug` nor any serialiser shows it.
+#[derive(Clone)]
+pub struct Token(String);
+
+impl Token {
+    const MAX_CHARS: usize = 255;
+
+    /// What a header can carry behind "Bearer".
+    pub fn parse(text: &str) -> Option<Self> {
+        let allowed = (1..=Self::MAX_CHARS).contains(&text.len())
+            && text.bytes().all(|b| b.is_ascii_graphic());
+        allowed.then(|| Self(text.to_owned()))
+    }
+
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl fmt::Debug for Token {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Token(not shown)")
+    }
+}
+
 /// What a setting takes.
 #[derive(Debug, Clone, Copy)]
 pub enum Kind {
@@ -152,6 +180,7 @@ pub enum Kind {
     },
     Store,
     Secrets,
+    Token,
 }
 
 /// A setting's value, checked.
@@ -167,6 +196,7 @@ pub enum Value {
     Url(Url),
     Store(StoreUrl),
     Secrets(Secrets),
+    Token(Token),
 }
 
 impl Kind {
@@ -199,6 +229,9 @@ impl Kind {
                 Secrets::MAX_CHARS,
                 Secrets::KEY_PREFIX
             ),
+            Self::Token => {
+                format!("1 to {} printable ASCII characters without spaces", Token::MAX_CHARS)
+            }
         }
     }
 
@@ -244,6 +277,7 @@ impl Kind {
             Self::Url { max_chars } => parse_url(text, *max_chars).map(Value::Url),
             Self::Store => StoreUrl::parse(text).map(Value::Store),
             Self::Secrets => Secrets::parse(text).map(Value::Secrets),
+            Self::Token => Token::parse(text).map(Value::Token),
         }
     }
 }
@@ -285,6 +319,7 @@ from_value! {
     Url: Value::Url(u) => Some(u.clone()),
     StoreUrl: Value::Store(s) => Some(s.clone()),
     Secrets: Value::Secrets(s) => Some(s.clone()),
+    Token: Value::Token(t) => Some(t.clone()),
 }
 
 impl<T: FromValue> FromValue for Option<T> {

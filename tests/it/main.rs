@@ -15,4 +15,5 @@ mod ops;
 mod restart;
 mod scenarios;
 mod simulate;
+mod simulation;
 mod webhooks;
