@@ -871,7 +871,7 @@ fn message<T: Message + Default>(name: &str, json: &str) -> T {
 
 /// The calls of a document's grpcurl and ghz commands: method and body, in order.
 fn calls(text: &str, service: &str) -> Vec<(String, String)> {
-    let commands = blocks(text, "bash").join("\n").replace("\\\n", " ");
+    let commands = format!("\n{}", blocks(text, "bash").join("\n")).replace("\\\n", " ");
     let mut found = Vec::new();
     for part in commands.split("\ngrpcurl ").skip(1) {
         let Some((_, rest)) = part.split_once("-d '") else { continue };
@@ -1011,7 +1011,8 @@ async fn the_simulation_pages_commands_do_what_it_says() {
         r#"{{"reservation_id": "r", "user_id": "u", "webhook_url": "{url}",
             "amount": {{"amount": 1, "currency": "KRW"}}}}"#
     );
-    let create = message("payment.v1.CreatePaymentIntentRequest", &body);
+    let create: pb::CreatePaymentIntentRequest =
+        message("payment.v1.CreatePaymentIntentRequest", &body);
     let reply = service.client().await.create_payment_intent(create).await.unwrap();
     let id = reply.into_inner().payment_intent_id;
 

@@ -356,6 +356,13 @@ fn near(path: &str) -> &'static [&'static str] {
         }
         Some("cvv") => &["12", "123", "1234", "12345", "12a", "１２３", "-12", "+123"],
         Some("provider") => &["sim", "SIM", "sim ", "none"],
+        Some("cursor") => &["AAAA", "AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA", "====", "a+b/"],
+        _ => near_of_deliveries(path),
+    }
+}
+
+fn near_of_deliveries(path: &str) -> &'static [&'static str] {
+    match path.rsplit('.').next() {
         Some("state") => &["OWED", "HELD", "DELIVERED", "DEAD", "dead", " DEAD", "OWED,HELD"],
         Some("channel") => &["event", "webhook", "dead_letter", "EVENT", "dead-letter", "webhooks"],
         Some("origin") => &[
@@ -390,7 +397,6 @@ fn near(path: &str) -> &'static [&'static str] {
             "evt_00000000000000000000000000_1",
             "DLV_00000000000000000000000000_1_event",
         ],
-        Some("cursor") => &["AAAA", "AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA", "====", "a+b/"],
         _ => &[],
     }
 }
