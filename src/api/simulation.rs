@@ -148,10 +148,11 @@ fn filter(
     found: &mut Violations,
 ) -> DeliveryFilter {
     let names: Vec<_> = standings.iter().map(|one| one.as_str()).collect();
-    let allowed = format!("must be empty, {}", names.join(", "));
+    let allowed = format!("must be empty or one of {}", names.join(", "));
     let standing = |text: &str| Standing::parse(text).filter(|one| standings.contains(one));
     let standing = named("filter.state", &asked.state, standing, &allowed, found);
-    let allowed = format!("must be empty, {}", Channel::ALL.map(Channel::as_str).join(", "));
+    let channels = Channel::ALL.map(Channel::as_str);
+    let allowed = format!("must be empty or one of {}", channels.join(", "));
     let channel = named("filter.channel", &asked.channel, Channel::parse, &allowed, found);
     let allowed = "must be pi_ or pay_ and the payment's 26 characters";
     let id = &asked.payment_intent_id;
