@@ -90,7 +90,7 @@ async fn the_token_is_asked_for_before_the_body_is_read() {
     let mut service = launch.start();
     service.ready(READY_WITHIN).await.unwrap_or_else(|why| panic!("{why}"));
     let mut wire = Wire::connect(launch.grpc_port).await;
-    let bearer = vec![("authorization", Bytes::from_static(b"Bearer t0ken"))];
+    let bearer = [("authorization", Bytes::from_static(b"Bearer t0ken"))];
     for method in ["ListDeliveries", "Redeliver"] {
         let path = format!("/simulation.v1.SimulationService/{method}");
         for (headers, reason) in [(&[][..], "TOKEN_REQUIRED"), (&bearer[..], "MALFORMED")] {
