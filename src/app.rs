@@ -79,6 +79,8 @@ pub enum Error {
     NotFound,
     #[error("the payment belongs to another user")]
     NotYours,
+    #[error("too many calls are held")]
+    TooManyHeld,
     #[error(transparent)]
     Refused(#[from] Refusal),
     #[error(transparent)]
@@ -112,8 +114,16 @@ pub struct Redelivered {
     pub more_beyond: Option<Reached>,
 }
 
-/// Renders the reply to be stored with a keyed request.
-pub type Render<'a> = &'a (dyn Fn(&Payment, &Answer) -> Vec<u8> + Send + Sync);
+/// Who asked for a command, as far as it matters here.
+#[derive(Clone, Copy)]
+pub struct Caller<'a> {
+    pub key: Option<&'a Key>,
+    /// Renders the reply to be stored with a keyed request.
+    pub render: &'a (dyn Fn(&Payment, &Answer) -> Vec<u8> + Send + Sync),
+    /// Finds the call a place to be held in. Asked before anything is stored: a call that is refused
+    /// has changed nothing.
+    pub hold: &'a (dyn Fn() -> bool + Send + Sync),
+}
 
 impl App {
     pub fn new(
@@ -240,8 +250,9 @@ impl App {
 
     /// Owes a delivery that is over once more.
     pub async fn redeliver(&self, id: DeliveryId) -> Result<(), Error> {
-        let unkeyed: Render<'_> = &|_, _| Vec::new();
-        self.execute(id.payment, Command::Redeliver(id.no), None, unkeyed).await.map(|_| ())
+        // Such a call has no key and is never held.
+        let caller = Caller { key: None, render: &|_, _| Vec::new(), hold: &|| false };
+        self.execute(id.payment, Command::Redeliver(id.no), caller).await.map(|_| ())
     }
 
     /// Owes once more what is dead of a filter.
@@ -320,12 +331,11 @@ impl App {
         &self,
         id: PaymentId,
         command: Command,
-        key: Option<&Key>,
-        render: Render<'_>,
+        caller: Caller<'_>,
     ) -> Result<Executed, Error> {
         for _ in 0..TRIES {
             let before = self.store.get(id).await?.ok_or(Error::NotFound)?;
-            match self.attempt(&before, &command, key, render).await {
+            match self.attempt(&before, &command, caller).await {
                 Err(Error::Store(StoreError::Conflict)) => {}
                 done => return done,
             }
@@ -337,10 +347,9 @@ impl App {
         &self,
         before: &Versioned,
         command: &Command,
-        key: Option<&Key>,
-        render: Render<'_>,
+        caller: Caller<'_>,
     ) -> Result<Executed, Error> {
-        let now = self.now();
+        let (now, key) = (self.now(), caller.key);
         let step = before.payment.transition(command.clone(), now);
         if step.answer.is_err()
             && let Some(key) = key
@@ -350,12 +359,15 @@ impl App {
             // is what that one did.
             return Ok(Executed::Replayed(bytes));
         }
+        if step.answer == Ok(Answer::Held) && !(caller.hold)() {
+            return Err(Error::TooManyHeld);
+        }
         let after = step.changed.as_ref().unwrap_or(&before.payment);
         let reply = match (&step.answer, key) {
             // A held call stores no reply, ever.
             (Ok(Answer::Held) | Err(_), _) | (_, None) => None,
             (Ok(answer), Some(key)) => {
-                let bytes = render(after, answer);
+                let bytes = (caller.render)(after, answer);
                 Some(Reply { idempotency: key.idempotency, bytes, at: now })
             }
         };
@@ -441,7 +453,12 @@ fn random_start() -> u128 {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use super::*;
+    use crate::{clock::ManualClock, domain::money::Currency};
+
+    const DAY: Duration = Duration::from_secs(86_400);
 
     #[test]
     fn ids_rise_even_when_the_clock_falls() {
@@ -452,5 +469,57 @@ mod tests {
         assert!(first < second && second < third);
         let later = IdMaker::after(Some(third)).make(Timestamp::from_ms(5));
         assert!(later.made_at() == third.made_at());
+    }
+
+    #[tokio::test]
+    async fn a_call_that_finds_no_place_to_be_held_in_changes_nothing() {
+        let clock: Arc<dyn Clock> = Arc::new(ManualClock::at_ms(1_767_225_600_000));
+        let options = store::Options {
+            retention: store::Retention { payments: DAY, idempotency: DAY, payments_max: None },
+            clock: Arc::clone(&clock),
+            on_commit: Arc::new(|_, _| {}),
+            on_dropped_early: Arc::new(|_| {}),
+        };
+        let store = store::open(&store::Location::Memory, options).unwrap();
+        let settings = Settings {
+            scenario: scenario::Settings {
+                default_scenario: Scenario::Timeout,
+                default_delay: Duration::from_secs(2),
+                timeout_settle: Duration::from_secs(30),
+                manual_ttl: Duration::from_secs(20),
+                random_approval_rate: 0.8,
+                seed: 0,
+            },
+            events: true,
+        };
+        let app = App::new(store, clock, Arc::new(Metrics::new()), settings);
+        let payment = app.create(new_payment(), None).await.unwrap().payment;
+        let process = |hold| {
+            let command = Command::Process { card: None, vat: None };
+            let caller = Caller { key: None, render: &|_, _| Vec::new(), hold };
+            app.execute(payment.terms.id, command, caller)
+        };
+        assert_eq!(process(&|| false).await.unwrap_err(), Error::TooManyHeld);
+        assert_eq!(app.get(payment.terms.id, None).await.unwrap(), payment);
+        assert!(matches!(process(&|| true).await, Ok(Executed::Held)));
+        let held = app.get(payment.terms.id, None).await.unwrap();
+        assert_eq!(held.status(), Status::Processing);
+        assert_eq!(process(&|| false).await.unwrap_err(), Error::TooManyHeld);
+    }
+
+    fn new_payment() -> NewPayment {
+        NewPayment {
+            reservation_id: "res".into(),
+            user_id: "user".into(),
+            amount: Money { amount: 1_000, currency: Currency::parse("KRW").unwrap() },
+            vat: None,
+            method: Method::CreditCard,
+            scenario: None,
+            webhook_url: None,
+            metadata: None,
+            echo: None,
+            card: None,
+            trace: Trace::default(),
+        }
     }
 }

@@ -23,7 +23,9 @@ use url::Url;
 
 pub use environment::{Environment, Origin};
 pub use settings::{env_template, markdown_table};
-pub use value::{EventSink, LogLevel, Scenario, Secrets, Stage, StoreUrl, Switch, Token};
+pub use value::{
+    EventSink, LogLevel, Scenario, Secrets, Stage, StartupCheck, StoreUrl, Switch, Token,
+};
 
 use settings::{DefaultValue, SETTINGS, Setting, setting};
 use value::{FromValue, Value};
@@ -68,13 +70,19 @@ pub struct WebhookConfig {
     pub backoff_max: Duration,
     pub origin_concurrency: usize,
     pub concurrency: usize,
+    /// Of one origin; `None`: no limit.
+    pub max_rps: Option<u32>,
+    pub dlq_url: Option<Url>,
 }
 
 #[derive(Debug, Clone)]
 pub struct EventConfig {
     pub sink: EventSink,
+    pub startup_check: StartupCheck,
     pub bus_name: String,
     pub source: String,
+    /// Given wherever the sink is `sqs`.
+    pub queue_url: Option<Url>,
     pub aws_profile: Option<String>,
     pub aws_region: String,
     /// Set only when it was given as a flag. From the environment and the `.env` files the SDK
@@ -189,11 +197,15 @@ impl Config {
                 backoff_max: given.take("WEBHOOK_BACKOFF_MAX_MS"),
                 origin_concurrency: given.take("WEBHOOK_ORIGIN_CONCURRENCY"),
                 concurrency: given.take("WEBHOOK_CONCURRENCY"),
+                max_rps: Some(given.take("WEBHOOK_MAX_RPS")).filter(|n| *n > 0),
+                dlq_url: given.take("PAYMENT_WEBHOOK_DLQ_URL"),
             },
             events: EventConfig {
                 sink: given.take("EVENT_SINK"),
+                startup_check: given.take("EVENT_STARTUP_CHECK"),
                 bus_name: given.take("EVENT_BUS_NAME"),
                 source: given.take("PAYMENT_EVENT_SOURCE"),
+                queue_url: given.take("PAYMENT_WEBHOOK_QUEUE_URL"),
                 aws_profile: given.take("AWS_PROFILE"),
                 aws_region: given.take("AWS_REGION"),
                 aws_endpoint_url: given.take_flag("AWS_ENDPOINT_URL"),
@@ -417,6 +429,7 @@ impl Resolved {
             }
         }
         bad.extend(same_port_twice(&rows));
+        bad.extend(sink_without_queue(&rows));
         bad.extend(token_missing(&rows));
         if bad.is_empty() { Ok(Self(rows)) } else { Err(Ended::BadValues(bad)) }
     }
@@ -535,13 +548,29 @@ fn same_port_twice(rows: &BTreeMap<&'static str, Row>) -> Option<BadValue> {
     }
 }
 
+fn sink_without_queue(rows: &BTreeMap<&'static str, Row>) -> Option<BadValue> {
+    let (sink, queue) = (rows.get("EVENT_SINK")?, rows.get("PAYMENT_WEBHOOK_QUEUE_URL")?);
+    match (EventSink::from_value(&sink.0)?, &queue.0) {
+        (EventSink::Sqs, Value::Unset) => Some(BadValue {
+            name: "PAYMENT_WEBHOOK_QUEUE_URL",
+            origin: queue.2,
+            shown: "not set".into(),
+            allowed: format!(
+                "{}; EVENT_SINK=sqs needs it",
+                setting("PAYMENT_WEBHOOK_QUEUE_URL").kind.allowed()
+            ),
+        }),
+        _ => None,
+    }
+}
+
 /// What steers the simulation in production is nobody's without a token.
 fn token_missing(rows: &BTreeMap<&'static str, Row>) -> Option<BadValue> {
-    let is = |name: &str, wanted: &str| matches!(rows.get(name), Some((Value::Choice(choice), ..)) if *choice == wanted);
+    let (stage, api) = (rows.get("ENVIRONMENT")?, rows.get("SIMULATION_API")?);
     let (token, _, origin) = rows.get("SIMULATION_TOKEN")?;
-    let needed =
-        is("ENVIRONMENT", Stage::Production.as_str()) && is("SIMULATION_API", Switch::On.as_str());
-    (needed && matches!(token, Value::Unset)).then(|| BadValue {
+    let is_needed = Stage::from_value(&stage.0)? == Stage::Production
+        && Switch::from_value(&api.0)? == Switch::On;
+    (is_needed && matches!(token, Value::Unset)).then(|| BadValue {
         name: "SIMULATION_TOKEN",
         origin: *origin,
         shown: "not set".into(),

@@ -27,6 +27,11 @@ pub trait Step: Send + Sync + 'static {
     fn resumes_at(&self) -> Option<Timestamp> {
         None
     }
+
+    /// There may be something to do then, whatever the store says is due.
+    fn wakes_at(&self) -> Option<Timestamp> {
+        None
+    }
 }
 
 /// Runs until cancelled. It may stop between any two steps without losing or doubling anything.
@@ -46,7 +51,8 @@ pub async fn drive(
         let now = Timestamp::from_ms(clock.now_ms());
         let poll = now.plus_ms(POLL_EVERY_MS);
         let due = store.next_due(step.work()).unwrap_or(poll);
-        let wake_at = step.resumes_at().map_or(due, |at| at.max(due)).min(poll);
+        let due = step.resumes_at().map_or(due, |at| at.max(due));
+        let wake_at = step.wakes_at().map_or(due, |at| at.min(due)).min(poll);
         let until_due = async {
             if wake_at <= now {
                 tokio::time::sleep(BLOCKED).await;

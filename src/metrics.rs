@@ -73,10 +73,10 @@ pub const OUTCOMES: &[(&str, &str)] = &[
     ("REFUNDED", ""),
 ];
 /// How an attempt at a delivery can end: done, to be tried again, or given up.
-pub const WEBHOOK_RESULTS: &[&str] = &["delivered", "retry", "dead"];
+pub const WEBHOOK_RESULTS: &[&str] = &["delivered", "retry", "dead", "withheld"];
 pub const EVENT_SINKS: &[&str] = &["eventbridge", "log", "none"];
 pub const EVENT_RESULTS: &[&str] = &["published", "retry", "dead"];
-pub const OUTBOX_CHANNELS: &[&str] = &["event", "webhook"];
+pub const OUTBOX_CHANNELS: &[&str] = &["event", "webhook", "dead_letter"];
 
 /// A fifth of a bare echo's time up to the longest deadline that the server grants (10 s).
 const GRPC_SECONDS: &[f64] =
@@ -112,6 +112,7 @@ pub struct Metrics {
     outcomes: Outcomes,
     decision_lag: Histogram,
     webhooks: Labelled,
+    dead_letters: Labelled,
     webhook_seconds: Histogram,
     events: EventCounts,
     outbox_pending: IntGaugeVec,
@@ -148,12 +149,8 @@ impl Metrics {
                 "Time from a decision's due moment to its commit.",
                 LAG_SECONDS,
             ),
-            webhooks: Labelled::new(
-                r,
-                "webhook_deliveries_total",
-                "Attempts at a webhook: delivered, to be tried again, or given up.",
-                ("result", WEBHOOK_RESULTS),
-            ),
+            webhooks: webhook_results(r),
+            dead_letters: letter_results(r),
             webhook_seconds: histogram(
                 r,
                 "webhook_delivery_seconds",
@@ -224,6 +221,16 @@ impl Metrics {
     pub fn webhook_attempted(&self, result: &'static str, elapsed: Duration) {
         self.webhooks.add(result, 1);
         self.webhook_seconds.observe(elapsed.as_secs_f64());
+    }
+
+    /// An attempt at a webhook was not made: its origin is down.
+    pub fn webhook_withheld(&self) {
+        self.webhooks.add("withheld", 1);
+    }
+
+    /// `n` letters got `result` (one of [`EVENT_RESULTS`]) from the dead-letter queue.
+    pub fn dead_letter(&self, result: &'static str, n: u64) {
+        self.dead_letters.add(result, n);
     }
 
     /// `n` events got `result` (one of [`EVENT_RESULTS`]) from `sink` (one of [`EVENT_SINKS`]).
@@ -410,6 +417,18 @@ impl EventCounts {
             None => self.all.with_label_values(&[sink, result]).inc_by(n),
         }
     }
+}
+
+fn webhook_results(registry: &Registry) -> Labelled {
+    let help = "Attempts at a webhook: delivered, to be tried again, given up, or withheld from an \
+                origin that is down.";
+    Labelled::new(registry, "webhook_deliveries_total", help, ("result", WEBHOOK_RESULTS))
+}
+
+fn letter_results(registry: &Registry) -> Labelled {
+    let help =
+        "Letters handed to the dead-letter queue: published, to be tried again, or given up.";
+    Labelled::new(registry, "dead_letters_total", help, ("result", EVENT_RESULTS))
 }
 
 fn outbox_pending(registry: &Registry) -> IntGaugeVec {

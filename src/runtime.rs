@@ -26,6 +26,7 @@ use crate::{
     api::grpc::Payments,
     clock::Stopwatch,
     config::Config,
+    courier::startup_check::{CHECK_MAX, StartupCheck},
     driver::{self, Step},
     edge::Edge,
     metrics::Metrics,
@@ -217,13 +218,14 @@ impl Running {
         service.grpc_end.cancel();
         service.work_end.cancel();
         // The feeders end while the calls in flight do: neither waits for the other.
-        tasks.end(&["scheduler", "webhooks", "events"], ATTEMPTS_GRACE).await;
-        let Service { webhooks, events, store, .. } = service;
-        if !webhooks.drain(ATTEMPTS_GRACE).await {
-            tracing::warn!("webhooks in flight were abandoned; they are still owed");
+        let feeders = ["startup-check", "scheduler", "webhooks", "events", "letters"];
+        tasks.end(&feeders, ATTEMPTS_GRACE).await;
+        let Service { outbox, store, .. } = service;
+        if !outbox.drain(ATTEMPTS_GRACE).await {
+            tracing::warn!("deliveries in flight were abandoned; they are still owed");
         }
         // With the last feeder gone the finisher writes what it has and ends.
-        drop((webhooks, events));
+        drop(outbox);
         tasks.end(&["finisher"], ATTEMPTS_GRACE).await;
         tasks.join(&["grpc"]).await;
         store.close().await;
@@ -250,13 +252,26 @@ fn start_ops(
 
 fn start_loops(tasks: &mut Tasks, service: &mut Service) {
     start_loop(tasks, service, "scheduler", Arc::clone(&service.scheduler) as _);
-    start_loop(tasks, service, "webhooks", Arc::clone(&service.webhooks) as _);
-    if let Some(events) = &service.events {
+    start_loop(tasks, service, "webhooks", Arc::clone(&service.outbox.webhooks) as _);
+    start_loop(tasks, service, "letters", Arc::clone(&service.outbox.letters) as _);
+    if let Some(events) = &service.outbox.events {
         start_loop(tasks, service, "events", Arc::clone(events) as _);
     }
-    if let Some(finisher) = service.finisher.take() {
+    if let Some(check) = service.startup_check.take() {
+        tasks.start("startup-check", look_for_what_is_missing(check, service.work_end.clone()));
+    }
+    if let Some(finisher) = service.outbox.finisher.take() {
         tasks.start("finisher", finisher.run());
     }
+}
+
+/// Beside everything else, so that an AWS that does not answer delays no start. Tasks end when they are
+/// told to, and so does this one.
+async fn look_for_what_is_missing(check: StartupCheck, end: CancellationToken) {
+    for problem in end.run_until_cancelled(check.problems(CHECK_MAX)).await.unwrap_or_default() {
+        tracing::warn!("{problem}");
+    }
+    end.cancelled().await;
 }
 
 fn start_loop(tasks: &mut Tasks, service: &Service, name: &'static str, step: Arc<dyn Step>) {

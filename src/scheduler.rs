@@ -7,7 +7,10 @@ use async_trait::async_trait;
 use crate::{
     app,
     clock::Clock,
-    domain::{payment::Command, time::Timestamp},
+    domain::{
+        payment::{Command, Payment},
+        time::Timestamp,
+    },
     driver::Step,
     metrics::Metrics,
     store::{Change, Commit, Committed, Store, StoreError, Work},
@@ -39,12 +42,14 @@ impl Step for Scheduler {
 impl Scheduler {
     async fn wake_due(&self) -> Result<usize, StoreError> {
         let now = Timestamp::from_ms(self.clock.now_ms());
-        // Leases are held to the end of the step: nobody else takes these payments meanwhile.
         let leases = self.store.due(Work::Wake, now, BATCH).await?;
         let mut commits = Vec::with_capacity(leases.len());
         let mut woken = Vec::with_capacity(leases.len());
-        for lease in &leases {
-            let Some(before) = self.store.get(lease.id).await? else { continue };
+        // Held to the end of the step: nobody else takes these payments meanwhile.
+        let mut held = Vec::with_capacity(leases.len());
+        for lease in leases {
+            let Some((before, lease)) = lease.read(&*self.store, now).await? else { continue };
+            held.push(lease);
             let Some(after) = before.payment.transition(Command::Wake, now).changed else {
                 continue;
             };
@@ -56,7 +61,18 @@ impl Scheduler {
         let answers = self.store.commit(commits).await;
         #[cfg(feature = "faults")]
         crate::faults::wake_again(&*self.store, again).await;
+        self.count(woken, answers, now)
+    }
+
+    /// How many were woken; the first error that was no race.
+    fn count(
+        &self,
+        woken: Vec<(Payment, Payment)>,
+        answers: Vec<Result<Committed, StoreError>>,
+        now: Timestamp,
+    ) -> Result<usize, StoreError> {
         let mut done = 0;
+        let mut failed = None;
         for ((before, after), answer) in woken.into_iter().zip(answers) {
             match answer {
                 Ok(Committed::Done(_)) => {
@@ -67,9 +83,9 @@ impl Scheduler {
                 }
                 // Somebody else was quicker; if anything is left to do it is still due.
                 Ok(Committed::Replayed(_)) | Err(StoreError::Conflict) => {}
-                Err(error) => tracing::warn!(%error, "a due payment could not be woken"),
+                Err(error) => failed = failed.or(Some(error)),
             }
         }
-        Ok(done)
+        failed.map_or(Ok(done), Err)
     }
 }

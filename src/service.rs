@@ -3,6 +3,8 @@
 
 use std::{io, sync::Arc, time::Duration};
 
+use aws_config::SdkConfig;
+use tokio::sync::OnceCell;
 use tokio_util::sync::CancellationToken;
 use tonic_health::{ServingStatus, server::HealthReporter};
 
@@ -10,11 +12,13 @@ use crate::{
     api::{self, SimulationServer, grpc::Payments, simulation::Simulation, token::Guard},
     app::{self, App},
     clock::{Clock, SystemClock},
-    config::{Config, EventSink, StoreUrl, Switch, Token},
+    config::{Config, EventSink, StartupCheck as OnMiss, StoreUrl, Switch, Token},
     courier::{
-        Courier, EventBridgeCourier, LogCourier, WebhookCourier,
+        Courier, DeadLetterCourier, EventBridgeCourier, LogCourier, NoDeadLetterQueue, SqsCourier,
+        WebhookCourier,
         aws::{self, AwsSettings},
         log,
+        startup_check::{CHECK_MAX, StartupCheck},
         webhook::WebhookSettings,
     },
     domain::{
@@ -25,7 +29,7 @@ use crate::{
     },
     edge::{Edge, EdgeLimits},
     metrics::{Metrics, OutboxDepth},
-    outbox::{Events, Finisher, Jitter, Policies, Shared, WebhookLimits, Webhooks},
+    outbox::{Batches, Finisher, Jitter, Mail, Policies, RETRIES, Shared, WebhookLimits, Webhooks},
     scheduler::Scheduler,
     store::{self, Location, Retention, Store, Work},
 };
@@ -73,11 +77,10 @@ pub struct Service {
     pub store: Arc<dyn Store>,
     pub clock: Arc<dyn Clock>,
     pub scheduler: Arc<Scheduler>,
-    pub events: Option<Arc<Events>>,
-    pub webhooks: Arc<Webhooks>,
-    /// Until it is started.
-    pub finisher: Option<Finisher>,
+    pub outbox: Outbox,
     pub edge: Edge<Payments>,
+    /// Until it is started.
+    pub startup_check: Option<StartupCheck>,
     health: HealthReporter,
     /// Stops leasing.
     pub work_end: CancellationToken,
@@ -92,6 +95,8 @@ impl Service {
         metrics: &Arc<Metrics>,
     ) -> Result<Self, Failed> {
         let Surroundings { clock, chance, event_log } = surroundings;
+        let aws = Aws::new(config);
+        let startup_check = startup_check(config, &aws).await?;
         let store = open_store(config, &clock, metrics).await?;
         watch_outbox(metrics, &store, &clock);
         let shared = Shared {
@@ -99,16 +104,12 @@ impl Service {
             clock: Arc::clone(&clock),
             metrics: Arc::clone(metrics),
         };
-        let (finisher, done) = Finisher::new(shared.clone(), policies(config), chance);
-        let events = events_courier(config, event_log).await?.map(|courier| {
-            let sink = config.events.sink.as_str();
-            Arc::new(Events::new(shared.clone(), courier, sink, done.clone()))
-        });
-        let limits = WebhookLimits {
-            concurrency: config.webhook.concurrency,
-            origin_concurrency: config.webhook.origin_concurrency,
+        let couriers = Couriers {
+            events: events_courier(config, &aws, event_log).await?,
+            webhooks: webhook_courier(config)?,
+            letters: dead_letter_courier(config, &aws).await,
         };
-        let webhooks = Webhooks::new(shared, webhook_courier(config)?, limits, done);
+        let outbox = Outbox::new(config, shared, couriers, chance);
         let grpc_end = CancellationToken::new();
         let (health, health_server) = tonic_health::server::health_reporter();
         let settings = app::Settings {
@@ -128,9 +129,8 @@ impl Service {
                 clock: Arc::clone(&clock),
                 metrics: Arc::clone(metrics),
             }),
-            events,
-            webhooks: Arc::new(webhooks),
-            finisher: Some(finisher),
+            outbox,
+            startup_check,
             store,
             clock,
             health,
@@ -144,6 +144,55 @@ impl Service {
         for service in SERVICES {
             self.health.set_service_status(service, status).await;
         }
+    }
+}
+
+/// What brings deliveries out, and writes down what came of them.
+pub struct Outbox {
+    pub events: Option<Arc<Batches>>,
+    pub letters: Arc<Batches>,
+    pub webhooks: Arc<Webhooks>,
+    /// Until it is started.
+    pub finisher: Option<Finisher>,
+}
+
+struct Couriers {
+    events: Option<Arc<dyn Courier>>,
+    webhooks: Arc<dyn Courier>,
+    letters: Arc<dyn Courier>,
+}
+
+impl Outbox {
+    fn new(config: &Config, shared: Shared, couriers: Couriers, chance: Jitter) -> Self {
+        let (finisher, done) = Finisher::new(shared.clone(), policies(config), Arc::clone(&chance));
+        let batches = |courier, mail| {
+            let (shared, chance, done) = (shared.clone(), Arc::clone(&chance), done.clone());
+            Arc::new(Batches::new(shared, courier, mail, chance, done))
+        };
+        let sink = Mail::Events(config.events.sink.as_str());
+        let limits = WebhookLimits {
+            concurrency: config.webhook.concurrency,
+            origin_concurrency: config.webhook.origin_concurrency,
+            origin_max_rps: config.webhook.max_rps,
+        };
+        Self {
+            events: couriers.events.map(|courier| batches(courier, sink)),
+            letters: batches(couriers.letters, Mail::DeadLetters),
+            webhooks: Arc::new(Webhooks::new(shared, couriers.webhooks, limits, done)),
+            finisher: Some(finisher),
+        }
+    }
+
+    /// Waits for what is in flight, and abandons what takes longer; false: there was some.
+    pub async fn drain(&self, grace: Duration) -> bool {
+        let events = async {
+            match &self.events {
+                Some(events) => events.drain(grace).await,
+                None => true,
+            }
+        };
+        let all = tokio::join!(events, self.letters.drain(grace), self.webhooks.drain(grace));
+        all == (true, true, true)
     }
 }
 
@@ -198,7 +247,11 @@ fn watch_outbox(metrics: &Metrics, store: &Arc<dyn Store>, clock: &Arc<dyn Clock
             let oldest_age = backlog.oldest.map_or(Duration::ZERO, |due| now.since(due));
             OutboxDepth { channel, pending: backlog.pending as u64, oldest_age }
         };
-        vec![depth("event", Work::Event), depth("webhook", Work::Webhook)]
+        vec![
+            depth("event", Work::Event),
+            depth("webhook", Work::Webhook),
+            depth("dead_letter", Work::DeadLetter),
+        ]
     });
 }
 
@@ -216,18 +269,82 @@ fn scenario_settings(config: &Config) -> scenario::Settings {
 
 fn policies(config: &Config) -> Policies {
     Policies {
-        event: Policies::event(),
+        batched: RETRIES,
         webhook: RetryPolicy {
             max_attempts: Some(config.webhook.max_attempts),
             backoff_base: config.webhook.backoff_base,
             backoff_max: config.webhook.backoff_max,
-            dead_letters: false,
+            dead_letters: config.webhook.dlq_url.is_some(),
         },
     }
 }
 
+/// How to reach AWS: read from files and environment when something first asks, and no more than once.
+pub struct Aws<'a> {
+    config: &'a Config,
+    sdk: OnceCell<SdkConfig>,
+}
+
+impl<'a> Aws<'a> {
+    pub fn new(config: &'a Config) -> Self {
+        Self { config, sdk: OnceCell::new() }
+    }
+
+    async fn sdk(&self) -> &SdkConfig {
+        let read = async || {
+            let events = &self.config.events;
+            let settings = AwsSettings {
+                profile: events.aws_profile.clone(),
+                region: Some(events.aws_region.clone()),
+                default_region: events.aws_region.clone(),
+                endpoint_url: events.aws_endpoint_url.as_ref().map(ToString::to_string),
+            };
+            aws::sdk_config(&settings).await
+        };
+        self.sdk.get_or_init(read).await
+    }
+}
+
+/// Where a miss ends the start, it is looked for here and now; else there is something to look at later.
+async fn startup_check(config: &Config, aws: &Aws<'_>) -> Result<Option<StartupCheck>, Failed> {
+    let on_miss = config.events.startup_check;
+    let check = match on_miss {
+        OnMiss::Off => return Ok(None),
+        OnMiss::Warn | OnMiss::Require => what_has_to_be_there(config, aws).await,
+    };
+    if on_miss == OnMiss::Warn {
+        return Ok(Some(check));
+    }
+    match check.problems(CHECK_MAX).await {
+        problems if problems.is_empty() => Ok(None),
+        problems => Err((
+            EXIT_UNAVAILABLE,
+            format!("EVENT_STARTUP_CHECK=require ends the start: {}", problems.join(" | ")),
+        )),
+    }
+}
+
+async fn what_has_to_be_there(config: &Config, aws: &Aws<'_>) -> StartupCheck {
+    let mut check = StartupCheck::default();
+    let Config { events, webhook, .. } = config;
+    match (events.sink, &events.queue_url) {
+        (EventSink::EventBridge, _) => {
+            check.wants_bus(aws.sdk().await, events.bus_name.clone(), events.source.clone());
+        }
+        (EventSink::Sqs, Some(url)) => {
+            check.wants_queue(aws.sdk().await, url.to_string(), "PAYMENT_WEBHOOK_QUEUE_URL");
+        }
+        (EventSink::Sqs, None) | (EventSink::Log | EventSink::None, _) => {}
+    }
+    if let Some(url) = &webhook.dlq_url {
+        check.wants_queue(aws.sdk().await, url.to_string(), "PAYMENT_WEBHOOK_DLQ_URL");
+    }
+    check
+}
+
 async fn events_courier(
     config: &Config,
+    aws: &Aws<'_>,
     event_log: OpenEventLog,
 ) -> Result<Option<Arc<dyn Courier>>, Failed> {
     let events = &config.events;
@@ -238,17 +355,29 @@ async fn events_courier(
             Arc::new(started.map_err(|e| (EXIT_SOFTWARE, format!("no event log: {e}")))?)
         }
         EventSink::EventBridge => {
-            let settings = AwsSettings {
-                profile: events.aws_profile.clone(),
-                region: Some(events.aws_region.clone()),
-                default_region: events.aws_region.clone(),
-                endpoint_url: events.aws_endpoint_url.as_ref().map(ToString::to_string),
-            };
-            let sdk = aws::sdk_config(&settings).await;
-            Arc::new(EventBridgeCourier::new(&sdk, events.bus_name.clone(), events.source.clone()))
+            let sdk = aws.sdk().await;
+            Arc::new(EventBridgeCourier::new(sdk, events.bus_name.clone(), events.source.clone()))
+        }
+        EventSink::Sqs => {
+            let url = events.queue_url.as_ref().ok_or_else(|| {
+                (
+                    EXIT_CONFIG,
+                    "PAYMENT_WEBHOOK_QUEUE_URL is not set, EVENT_SINK=sqs needs it".into(),
+                )
+            })?;
+            let sdk = aws.sdk().await;
+            Arc::new(SqsCourier::new(sdk, url.to_string(), events.source.clone()))
         }
     };
     Ok(Some(courier))
+}
+
+/// Letters that an earlier run still owes have to end somewhere, so there always is one.
+async fn dead_letter_courier(config: &Config, aws: &Aws<'_>) -> Arc<dyn Courier> {
+    match &config.webhook.dlq_url {
+        Some(url) => Arc::new(DeadLetterCourier::new(aws.sdk().await, url.to_string())),
+        None => Arc::new(NoDeadLetterQueue),
+    }
 }
 
 fn webhook_courier(config: &Config) -> Result<Arc<dyn Courier>, Failed> {

@@ -1,17 +1,14 @@
 //! EventBridge against moto, an AWS in Python: bus, rule, SQS target; what is published arrives where the
 //! pattern says. Needs `PAYMENT_SIM_VENV`, a venv with moto[server,events,sqs] and boto3.
 
-use std::{
-    io::{Read, Write},
-    net::{SocketAddr, TcpListener, TcpStream},
-    process::{Child, Command, Stdio},
-    thread,
-    time::Duration,
-};
+#[path = "support/moto.rs"]
+mod moto;
+
+use std::process::Command;
 
 use aws_sdk_eventbridge::config::{Credentials, SharedCredentialsProvider};
+use moto::Moto;
 use payment_sim::{
-    clock::Stopwatch,
     courier::{
         Courier, EventBridgeCourier, Parcel,
         aws::{self, AwsSettings},
@@ -27,63 +24,6 @@ use serde_json::Value;
 
 const BUS: &str = "ticket-reservation-events";
 const NOW: Timestamp = Timestamp::from_ms(1_767_225_600_250);
-const READY_WITHIN: Duration = Duration::from_secs(30);
-const POLL: Duration = Duration::from_millis(50);
-/// Another process may take a free port before moto does.
-const PORTS_TRIED: usize = 3;
-
-struct Moto {
-    process: Child,
-    addr: SocketAddr,
-}
-
-impl Drop for Moto {
-    fn drop(&mut self) {
-        self.process.kill().expect("it is our child, and not waited for yet");
-        self.process.wait().expect("a killed child can be waited for");
-    }
-}
-
-impl Moto {
-    fn start(venv: &str) -> Self {
-        (0..PORTS_TRIED).find_map(|_| Self::try_start(venv)).expect("moto came up on no port")
-    }
-
-    fn try_start(venv: &str) -> Option<Self> {
-        let addr = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
-        let process = Command::new(format!("{venv}/bin/moto_server"))
-            .args(["-H", "127.0.0.1", "-p", &addr.port().to_string()])
-            .stdout(Stdio::null())
-            .stderr(Stdio::null())
-            .spawn()
-            .unwrap();
-        let mut moto = Self { process, addr };
-        let watch = Stopwatch::start();
-        while watch.elapsed() < READY_WITHIN {
-            if moto.is_ready() {
-                return Some(moto);
-            }
-            if moto.process.try_wait().unwrap().is_some() {
-                return None;
-            }
-            thread::sleep(POLL);
-        }
-        None
-    }
-
-    /// Asks for a page that only moto has: the port alone could be anyone's.
-    fn is_ready(&self) -> bool {
-        let Ok(mut stream) = TcpStream::connect_timeout(&self.addr, POLL) else { return false };
-        stream.set_read_timeout(Some(READY_WITHIN)).unwrap();
-        let asked = stream.write_all(b"GET /moto-api/ HTTP/1.0\r\n\r\n");
-        let mut page = String::new();
-        asked.is_ok() && stream.read_to_string(&mut page).is_ok() && page.contains(" 200 ")
-    }
-
-    fn endpoint(&self) -> String {
-        format!("http://{}", self.addr)
-    }
-}
 
 fn bed(venv: &str, args: &[&str]) -> Value {
     let script = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/py/aws_bed.py");
@@ -114,24 +54,9 @@ async fn courier(endpoint: &str, bus: &str) -> EventBridgeCourier {
     EventBridgeCourier::new(&config, bus.to_owned(), "payment-sim-api".to_owned())
 }
 
-#[expect(
-    clippy::disallowed_methods,
-    reason = "a test that needs an interpreter is told so by its caller"
-)]
-fn venv() -> Option<String> {
-    let venv = std::env::var("PAYMENT_SIM_VENV").ok();
-    let is_ci = std::env::var("CI").is_ok_and(|ci| ci == "true");
-    assert!(venv.is_some() || !is_ci, "PAYMENT_SIM_VENV is not set, and CI skips nothing");
-    venv
-}
-
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_the_pattern_asks_for_arrives_in_the_queue() {
-    let Some(venv) = venv() else {
-        // Past the capture of a passing test's output: what is skipped must be seen.
-        writeln!(std::io::stderr(), "skipped: PAYMENT_SIM_VENV names no venv with moto").unwrap();
-        return;
-    };
+    let Some(venv) = moto::venv() else { return };
     let moto = Moto::start(&venv);
     let endpoint = moto.endpoint();
     let made = bed(&venv, &["setup", &endpoint, BUS]);
@@ -158,5 +83,5 @@ async fn what_the_pattern_asks_for_arrives_in_the_queue() {
 
     // moto says what AWS does not: there is no such bus. It may be made later.
     let done = courier(&endpoint, "no-such-bus").await.attempt(&batch[1..], NOW).await;
-    assert!(done.iter().all(|d| d.verdict == Verdict::Retry { not_before: None }), "{done:?}");
+    assert!(done.iter().all(|d| d.verdict == Verdict::Unavailable), "{done:?}");
 }

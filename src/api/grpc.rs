@@ -1,6 +1,6 @@
 //! `payment.v1.PaymentService`: each call is checked whole, run, and answered.
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use prost::Message;
 use serde::{Deserialize, Serialize};
@@ -18,7 +18,7 @@ use super::{
     },
 };
 use crate::{
-    app::{self, App, Executed, Key, Render},
+    app::{self, App, Caller, Executed, Key},
     domain::{
         ids::PaymentId,
         payment::{Answer, Command, Payment, Refusal, Trace},
@@ -75,8 +75,14 @@ impl Payments {
         slot: Option<Slot>,
         reply: impl Fn(&Payment, &Answer) -> R + Send + Sync,
     ) -> Result<Response<R>, Status> {
-        let render: Render<'_> = &|payment, answer| reply(payment, answer).encode_to_vec();
-        match self.app().execute(id, command, key, render).await.map_err(failure)? {
+        let place = OnceLock::new();
+        let hold = || {
+            let free = || Arc::clone(&self.0.held).try_acquire_owned();
+            place.get().is_some() || free().is_ok_and(|free| place.set(free).is_ok())
+        };
+        let render = |payment: &Payment, answer: &Answer| reply(payment, answer).encode_to_vec();
+        let caller = Caller { key, render: &render, hold: &hold };
+        match self.app().execute(id, command, caller).await.map_err(failure)? {
             Executed::Done { payment, answer } => Ok(Response::new(reply(&payment, &answer))),
             Executed::Replayed(bytes) => replayed(&bytes),
             Executed::Held => Err(self.hold(slot).await),
@@ -100,9 +106,6 @@ impl Payments {
 
     /// Never answers: the caller's deadline ends it, or the server's, or the drain.
     async fn hold(&self, slot: Option<Slot>) -> Status {
-        let Ok(_held) = Arc::clone(&self.0.held).try_acquire_owned() else {
-            return Failure::new(Reason::Overloaded, "too many calls are held").into();
-        };
         if let Some(slot) = slot {
             slot.release();
         }
@@ -309,6 +312,7 @@ pub fn failure(error: app::Error) -> Failure {
     match error {
         app::Error::NotFound => Failure::new(Reason::PaymentNotFound, text),
         app::Error::NotYours => Failure::new(Reason::NotYours, text),
+        app::Error::TooManyHeld => Failure::new(Reason::Overloaded, text),
         app::Error::Refused(refusal) => match refusal {
             Refusal::InvalidState { status, .. } => {
                 Failure::new(Reason::InvalidState, text).with("status", status.as_str())

@@ -3,7 +3,7 @@
 
 use std::fmt::Write as _;
 
-use super::value::{EventSink, Kind, LogLevel, Scenario, Stage, Switch};
+use super::value::{EventSink, Kind, LogLevel, Scenario, Stage, StartupCheck, Switch};
 
 /// One setting, as an operator sees it.
 #[derive(Debug)]
@@ -215,14 +215,22 @@ pub static SETTINGS: &[Setting] = &[
     row(WEBHOOKS, "WEBHOOK_ORIGIN_CONCURRENCY", Kind::Whole { min: 1, max: 16_384 }, Fixed("64"),
         "Attempts under way at a time to one origin (scheme, host, port)."),
     row(WEBHOOKS, "WEBHOOK_CONCURRENCY", Kind::Whole { min: 1, max: 16_384 }, Fixed("1024"),
-        "Attempts under way at a time in all."),
+        "Attempts under way at a time in all; no origin has more places than are still free."),
+    row(WEBHOOKS, "WEBHOOK_MAX_RPS", Kind::Whole { min: 0, max: 1_000_000 }, Fixed("0"),
+        "Attempts a second to one origin at most; 0: no limit."),
+    row(WEBHOOKS, "PAYMENT_WEBHOOK_DLQ_URL", Kind::Url { max_chars: MAX_URL_CHARS }, Unset,
+        "SQS queue that gets the webhooks that were given up."),
 
     row(EVENTS, "EVENT_SINK", Kind::Choice(EventSink::NAMES), ByStage { development: "log", production: "eventbridge" },
         "Where events go; log writes one JSON line each to stdout."),
+    row(EVENTS, "EVENT_STARTUP_CHECK", Kind::Choice(StartupCheck::NAMES), Fixed("warn"),
+        "Whether a bus, rule, target or queue that is not there is a warning or the end of the start."),
     row(EVENTS, "EVENT_BUS_NAME", Kind::Word { max_chars: 1_600 }, Fixed("ticket-reservation-events"),
         "EventBridge bus, by name or ARN."),
     row(EVENTS, "PAYMENT_EVENT_SOURCE", Kind::Word { max_chars: 256 }, Fixed("payment-sim-api"),
         "The events' source."),
+    row(EVENTS, "PAYMENT_WEBHOOK_QUEUE_URL", Kind::Url { max_chars: MAX_URL_CHARS }, Unset,
+        "SQS queue that EVENT_SINK=sqs sends to, and needs."),
     row(EVENTS, "AWS_PROFILE", Kind::Text { max_chars: 255 }, SharedProfile("tacos"),
         "Profile of the AWS credentials."),
     row(EVENTS, "AWS_REGION", Kind::Word { max_chars: 64 }, Fixed("ap-northeast-2"),

@@ -66,7 +66,10 @@ fn the_defaults_are_the_contracts() {
     assert_eq!(c.webhook.backoff_max, Duration::from_secs(3_600));
     assert_eq!(c.webhook.origin_concurrency, 64);
     assert_eq!(c.webhook.concurrency, 1_024);
+    assert_eq!(c.webhook.dlq_url, None);
     assert_eq!(c.events.sink, EventSink::Log);
+    assert_eq!(c.events.startup_check, StartupCheck::Warn);
+    assert_eq!(c.events.queue_url, None);
     assert_eq!(c.events.bus_name, "ticket-reservation-events");
     assert_eq!(c.events.source, "payment-sim-api");
     assert_eq!(c.events.aws_profile, None);
@@ -266,7 +269,10 @@ const BOUNDS: &[Bounds] = &[
     ("WEBHOOK_BACKOFF_MAX_MS", &["1", "86400000"], &["0", "86400001"]),
     ("WEBHOOK_ORIGIN_CONCURRENCY", &["1", "16384"], &["0", "16385"]),
     ("WEBHOOK_CONCURRENCY", &["1", "16384"], &["0", "16385"]),
-    ("EVENT_SINK", &["eventbridge", "log", "none"], &["sqs", "kafka"]),
+    ("EVENT_SINK", &["eventbridge", "log", "none"], &["kafka"]),
+    ("EVENT_STARTUP_CHECK", &["warn", "require", "off"], &["error", "true"]),
+    ("PAYMENT_WEBHOOK_QUEUE_URL", &["https://sqs.x.amazonaws.com/123/q"], &["arn:aws:sqs:x:1:q"]),
+    ("PAYMENT_WEBHOOK_DLQ_URL", &["http://127.0.0.1:5555/123/q"], &["q", "https://u:p@x/123/q"]),
     ("EVENT_BUS_NAME", &["b", "arn:aws:events:x:1:event-bus/b"], &["two words", "b\u{e9}"]),
     ("PAYMENT_EVENT_SOURCE", &["a.b"], &["a b"]),
     ("AWS_PROFILE", &["my profile"], &["a\nb"]),
@@ -295,6 +301,25 @@ fn bounds_hold_on_both_sides() {
             assert!(!is_allowed(name, value), "{name}={value}");
         }
     }
+}
+
+#[test]
+fn the_sqs_sink_needs_its_queue() {
+    let sqs = ("EVENT_SINK", "sqs");
+    let queue = ("PAYMENT_WEBHOOK_QUEUE_URL", "http://127.0.0.1:5555/123456789012/events.fifo");
+    let events = config(&[], [sqs, queue]).events;
+    assert_eq!(events.sink, EventSink::Sqs);
+    assert_eq!(events.queue_url.unwrap().as_str(), queue.1);
+
+    let found = bad(&[], [sqs]);
+    assert_eq!(found.len(), 1);
+    let text = found[0].to_string();
+    assert!(text.starts_with("PAYMENT_WEBHOOK_QUEUE_URL (default): not set; allowed: "), "{text}");
+    assert!(text.ends_with("; EVENT_SINK=sqs needs it"), "{text}");
+    let empty = (queue.0, "");
+    assert_eq!(bad(&[], [sqs, empty])[0].name, queue.0);
+    let two = bad(&[], [sqs, ("GRPC_PORT", "0")]);
+    assert_eq!(two.len(), 2, "told at once: {two:?}");
 }
 
 #[test]

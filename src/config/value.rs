@@ -45,7 +45,11 @@ choices! {
 }
 choices! {
     /// Where events go.
-    EventSink { EventBridge = "eventbridge", Log = "log", None = "none" }
+    EventSink { EventBridge = "eventbridge", Sqs = "sqs", Log = "log", None = "none" }
+}
+choices! {
+    /// What a start makes of a bus, rule, target or queue that is not there.
+    StartupCheck { Warn = "warn", Require = "require", Off = "off" }
 }
 choices! {
     /// What becomes of a payment that names no scenario.

@@ -1,44 +1,24 @@
 use std::{sync::Mutex, time::Duration};
 
-use aws_config::SdkConfig;
-use aws_sdk_eventbridge::config::{Credentials, SharedCredentialsProvider};
 use serde_json::{Value, json};
 
 use super::{
-    Courier, EventBridgeCourier, Parcel,
-    aws::{self, AwsSettings},
-    receiver::{Answer, DEADLINE, NOW, Receiver, Seen, deaf_port, parcel},
+    Courier, EventBridgeCourier, Parcel, aws,
+    receiver::{
+        Answer, DEADLINE, NOW, Receiver, Seen, aws_config, aws_reply as reply, deaf_port, parcel,
+    },
 };
 use crate::domain::delivery::{Attempted, Topic, Verdict};
 
 const RETRY: Verdict = Verdict::Retry { not_before: None };
 
-async fn config(endpoint: String) -> SdkConfig {
-    let settings = AwsSettings {
-        region: Some("ap-northeast-2".into()),
-        endpoint_url: Some(endpoint),
-        ..AwsSettings::default()
-    };
-    let dummy = Credentials::new("test", "test", None, None, "test");
-    let config = aws::sdk_config(&settings).await.into_builder();
-    config.credentials_provider(SharedCredentialsProvider::new(dummy)).build()
-}
-
 async fn courier(receiver: &Receiver) -> EventBridgeCourier {
-    let config = config(format!("http://{}", receiver.addr)).await;
+    let config = aws_config(receiver.addr).await;
     EventBridgeCourier::new(&config, "the-bus".into(), "payment-sim-api".into())
 }
 
 fn parcels(count: u32) -> Vec<Parcel> {
     (1..=count).map(|n| parcel(n, None)).collect()
-}
-
-fn reply(status: u16, body: &str) -> Answer {
-    let length = body.len();
-    let head = format!(
-        "HTTP/1.1 {status} X\r\ncontent-type: application/x-amz-json-1.1\r\ncontent-length: {length}\r\n\r\n"
-    );
-    Answer::Keep((head + body).into())
 }
 
 /// What the bus says when `fails` names an entry's code, and an event id for the others.
@@ -105,8 +85,9 @@ async fn only_the_failed_entry_is_tried_again_or_given_up_at_every_position() {
     let codes = [
         ("InternalFailure", RETRY),
         ("InternalException", RETRY),
-        ("ThrottlingException", RETRY),
-        ("ServiceUnavailable", RETRY),
+        ("ThrottlingException", Verdict::Unavailable),
+        ("ServiceUnavailable", Verdict::Unavailable),
+        ("LimitExceededException", Verdict::Unavailable),
         ("RequestTimeout", RETRY),
         ("ResourceNotFoundException", RETRY),
         ("NeverHeardOf", RETRY),
@@ -155,7 +136,7 @@ async fn a_repeat_sends_the_same_entry_bytes() {
 }
 
 #[tokio::test]
-async fn a_call_that_fails_leaves_every_entry_to_be_tried_again() {
+async fn a_call_that_fails_is_the_trouble_of_the_whole_sink() {
     fn error(status: u16, code: &str) -> Answer {
         reply(status, &json!({"__type": code, "message": "secret words"}).to_string())
     }
@@ -187,7 +168,7 @@ async fn a_call_that_fails_leaves_every_entry_to_be_tried_again() {
     for (n, (answer, why, status)) in cases.into_iter().enumerate() {
         for done in against(answer, 3).await {
             let seen = (done.attempt.error.as_deref(), done.attempt.http_status, &done.verdict);
-            if seen != (Some(why), status, &RETRY) {
+            if seen != (Some(why), status, &Verdict::Unavailable) {
                 wrong.push(format!("{n} {why}: {done:?}"));
             }
         }
@@ -277,28 +258,34 @@ async fn a_silent_bus_is_a_timeout() {
     let timeouts = aws_config::timeout::TimeoutConfig::builder()
         .operation_timeout(Duration::from_millis(100))
         .build();
-    let config = config(format!("http://{}", receiver.addr)).await;
+    let config = aws_config(receiver.addr).await;
     let config = config.into_builder().timeout_config(timeouts).build();
     let courier = EventBridgeCourier::new(&config, "b".into(), "s".into());
     let done = tokio::time::timeout(DEADLINE, courier.attempt(&parcels(2), NOW)).await.unwrap();
-    assert!(
-        done.iter().all(|d| d.attempt.error.as_deref() == Some("TIMEOUT") && d.verdict == RETRY)
-    );
+    assert!(done.iter().all(
+        |d| d.attempt.error.as_deref() == Some("TIMEOUT") && d.verdict == Verdict::Unavailable
+    ));
 }
 
 #[tokio::test]
-async fn nobody_there_and_no_credentials_are_tried_again() {
+async fn nobody_there_and_no_credentials_are_the_trouble_of_the_whole_sink() {
     let (_socket, addr) = deaf_port();
-    let config = config(format!("http://{addr}")).await;
+    let config = aws_config(addr).await;
     let courier = EventBridgeCourier::new(&config, "b".into(), "s".into());
     let done = courier.attempt(&parcels(1), NOW).await;
-    assert_eq!((done[0].attempt.error.as_deref(), &done[0].verdict), (Some("CONNECTION"), &RETRY));
+    assert_eq!(
+        (done[0].attempt.error.as_deref(), &done[0].verdict),
+        (Some("CONNECTION"), &Verdict::Unavailable)
+    );
 
     let mut anonymous = config.into_builder();
     anonymous.set_credentials_provider(None);
     let courier = EventBridgeCourier::new(&anonymous.build(), "b".into(), "s".into());
     let done = courier.attempt(&parcels(1), NOW).await;
-    assert_eq!((done[0].attempt.error.as_deref(), &done[0].verdict), (Some("NOT_SENT"), &RETRY));
+    assert_eq!(
+        (done[0].attempt.error.as_deref(), &done[0].verdict),
+        (Some("NOT_SENT"), &Verdict::Unavailable)
+    );
 }
 
 /// Each entry of a batch its own fate: verdicts keep to the batch's order over several calls.
@@ -310,7 +297,7 @@ async fn verdicts_keep_the_order_of_the_batch() {
         let mut calls = calls.lock().unwrap();
         *calls += 1;
         let call = *calls;
-        results(count, move |n| (call == 2 && n == 1).then_some("ThrottlingException"))
+        results(count, move |n| (call == 2 && n == 1).then_some("InternalFailure"))
     })
     .await;
     let done = courier(&receiver).await.attempt(&parcels(13), NOW).await;

@@ -114,7 +114,7 @@ impl Courier for LogCourier {
         let verdict = |rendered| match (rendered, written) {
             (None, _) => noted.refused("MALFORMED_DETAIL"),
             (Some(()), Ok(())) => noted.accepted(),
-            (Some(()), Err(why)) => noted.retry(why, None),
+            (Some(()), Err(why)) => noted.unavailable(why),
         };
         rendered.into_iter().map(verdict).collect()
     }
@@ -215,7 +215,7 @@ mod tests {
         drop(theirs);
         for _ in 0..3 {
             let done = courier.attempt(&[parcel(1, None)], NOW).await;
-            assert_eq!(done[0].verdict, Verdict::Retry { not_before: None });
+            assert_eq!(done[0].verdict, Verdict::Unavailable);
             assert_eq!(done[0].attempt.error.as_deref(), Some("BROKEN_PIPE"));
         }
     }

@@ -4,9 +4,12 @@
 //! of a delivery is `domain::delivery`'s; who calls again, and when, is the outbox's.
 
 pub mod aws;
+mod aws_call;
 pub mod connect;
 pub mod eventbridge;
 pub mod log;
+pub mod sqs;
+pub mod startup_check;
 mod tls;
 pub mod webhook;
 
@@ -14,6 +17,10 @@ pub mod webhook;
 mod eventbridge_tests;
 #[cfg(test)]
 mod receiver;
+#[cfg(test)]
+mod sqs_tests;
+#[cfg(test)]
+mod startup_check_tests;
 #[cfg(test)]
 mod webhook_tests;
 
@@ -32,6 +39,7 @@ use crate::domain::{
 pub use self::{
     eventbridge::EventBridgeCourier,
     log::LogCourier,
+    sqs::{DeadLetterCourier, NoDeadLetterQueue, SqsCourier},
     webhook::{Origin, WebhookCourier, origin},
 };
 
@@ -64,6 +72,11 @@ pub trait Courier: Send + Sync + 'static {
     /// The most parcels of one attempt.
     fn batch_max(&self) -> usize;
 
+    /// The most attempts at a time.
+    fn calls_max(&self) -> usize {
+        1
+    }
+
     /// One verdict a parcel, in order. Never fails as a whole, and never panics on what the other side
     /// says. `now` is the moment of the attempt, as it is signed and noted.
     ///
@@ -87,6 +100,10 @@ impl Noted {
 
     fn retry(self, error: impl Into<String>, not_before: Option<Timestamp>) -> Attempted {
         self.attempted(Some(error.into()), Verdict::Retry { not_before })
+    }
+
+    fn unavailable(self, error: impl Into<String>) -> Attempted {
+        self.attempted(Some(error.into()), Verdict::Unavailable)
     }
 
     fn refused(self, error: impl Into<String>) -> Attempted {

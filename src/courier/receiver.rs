@@ -10,6 +10,8 @@ use std::{
     time::Duration,
 };
 
+use aws_config::SdkConfig;
+use aws_sdk_eventbridge::config::{Credentials, SharedCredentialsProvider};
 use http::{HeaderMap, HeaderName, HeaderValue};
 use socket2::{Domain, Socket, Type};
 use tokio::{
@@ -19,7 +21,10 @@ use tokio::{
     task::JoinSet,
 };
 
-use super::Parcel;
+use super::{
+    Parcel,
+    aws::{self, AwsSettings},
+};
 use crate::domain::{delivery::Topic, ids::PaymentId, payment::Trace, time::Timestamp};
 
 pub const NOW: Timestamp = Timestamp::from_ms(1_767_225_600_250);
@@ -39,6 +44,27 @@ pub fn parcel(n: u32, url: Option<&str>) -> Parcel {
         trace: Trace { trace_id: [0xab; 16], parent_span: [0xcd; 8], sampled: true },
         death: None,
     }
+}
+
+/// An AWS at this address.
+pub async fn aws_config(addr: SocketAddr) -> SdkConfig {
+    let settings = AwsSettings {
+        region: Some("ap-northeast-2".into()),
+        endpoint_url: Some(format!("http://{addr}")),
+        ..AwsSettings::default()
+    };
+    let dummy = Credentials::new("test", "test", None, None, "test");
+    let config = aws::sdk_config(&settings).await.into_builder();
+    config.credentials_provider(SharedCredentialsProvider::new(dummy)).build()
+}
+
+/// As AWS's JSON protocols answer.
+pub fn aws_reply(status: u16, body: &str) -> Answer {
+    let length = body.len();
+    let head = format!(
+        "HTTP/1.1 {status} X\r\ncontent-type: application/x-amz-json-1.1\r\ncontent-length: {length}\r\n\r\n"
+    );
+    Answer::Keep((head + body).into())
 }
 
 /// What comes after a request.

@@ -6,7 +6,10 @@ use std::{
     time::Duration,
 };
 
-use super::*;
+use super::{
+    tables::{Batch, Table},
+    *,
+};
 use crate::{
     clock::ManualClock,
     domain::{
@@ -174,6 +177,11 @@ impl Bed {
         self.store().due(work, self.now(), 100).await.unwrap()
     }
 
+    async fn upkeep(&self) {
+        let store = Arc::clone(self.store());
+        tokio::task::spawn_blocking(move || store.upkeep()).await.unwrap();
+    }
+
     async fn page(&self, query: ListQuery) -> Page {
         self.store().list(query).await.unwrap()
     }
@@ -222,9 +230,11 @@ on_every_engine![
     a_key_is_answered_once_and_for_all_until_it_lapses,
     replies_are_given_back_and_lapse,
     due_work_is_handed_out_once,
+    a_record_that_cannot_be_read_is_put_off_by_itself,
     what_waits_long_is_read_back_in_time,
     lists_neither_skip_nor_repeat,
     draws_count_from_zero_without_gaps,
+    a_counter_goes_with_the_last_payment_of_its_reservation,
     settled_payments_go_after_their_time,
     dead_deliveries_are_found_without_reading_the_rest,
     deliveries_are_listed_page_by_page,
@@ -293,12 +303,8 @@ async fn replies_are_given_back_and_lapse(bed: Bed) {
     assert_eq!(commit_one(&**store, reply(2, b"two")).await, Err(StoreError::KeyConflict));
     bed.clock.advance(DAY + Duration::from_millis(1));
     assert_eq!(store.remembered(KeyHash([9; 16]), bed.now()).await, Ok(None));
-    let round = || {
-        let store = Arc::clone(store);
-        async { tokio::task::spawn_blocking(move || store.upkeep()).await.unwrap() }
-    };
     assert!(matches!(commit_one(&**store, reply(2, b"two")).await, Ok(Committed::Done(_))));
-    round().await;
+    bed.upkeep().await;
     let known = Remembered::Replied { request: RequestHash([2; 16]), bytes: b"two".to_vec() };
     let kept = store.remembered(KeyHash([9; 16]), bed.now()).await;
     assert_eq!(kept, Ok(Some(known)), "the sweep of the old reply spares the new one");
@@ -318,6 +324,27 @@ async fn due_work_is_handed_out_once(bed: Bed) {
     bed.deliver(&payment).await;
     drop(leased);
     assert!(bed.due(Work::Webhook).await.is_empty(), "delivered");
+}
+
+async fn a_record_that_cannot_be_read_is_put_off_by_itself(bed: Bed) {
+    let [damaged, sound] = [1, 2].map(|n| bed.payment(n, Scenario::Approve, None));
+    for payment in [&damaged, &sound] {
+        bed.create(payment).await.unwrap();
+    }
+    let mut batch = Batch::default();
+    batch.put(Table::State, *damaged.terms.id.bytes(), *b"\x01no record");
+    bed.store().shared().tables.write(batch).unwrap();
+    bed.clock.advance(Duration::from_secs(2));
+    let mut read = Vec::new();
+    for lease in bed.due(Work::Webhook).await {
+        let found = lease.read(&**bed.store(), bed.now()).await.unwrap();
+        read.extend(found.map(|(stored, _lease)| stored.payment.terms.id));
+    }
+    assert_eq!(read, [sound.terms.id]);
+    let due = async || bed.due(Work::Webhook).await.iter().map(|l| l.id).collect::<Vec<_>>();
+    assert_eq!(due().await, [sound.terms.id]);
+    bed.clock.advance(Duration::from_secs(60));
+    assert_eq!(due().await, [sound.terms.id, damaged.terms.id]);
 }
 
 async fn what_waits_long_is_read_back_in_time(mut bed: Bed) {
@@ -402,6 +429,35 @@ async fn draws_count_from_zero_without_gaps(mut bed: Bed) {
     assert_eq!(bed.store().draw_number("other").await.unwrap().n, 0);
 }
 
+async fn a_counter_goes_with_the_last_payment_of_its_reservation(mut bed: Bed) {
+    let counter = |bed: &Bed| {
+        let shared = bed.store().shared();
+        shared.read(Table::Counter, &shared.draws_name("res-1")).unwrap()
+    };
+    for n in [1, 4] {
+        let draw = bed.store().draw_number("res-1").await.unwrap();
+        let payment = bed.payment(n, Scenario::Random, None);
+        let change = Change::Create { payment: payment.clone(), draw: Some(draw) };
+        let commit = Commit { change: Some(change), reply: None };
+        commit_one(&**bed.store(), commit).await.unwrap();
+        bed.clock.advance(Duration::from_secs(2));
+        bed.deliver(&payment).await;
+        bed.clock.advance(DAY / 2);
+    }
+    bed.clock.advance(Duration::from_secs(1));
+    bed.upkeep().await;
+    assert_eq!(bed.store().payments(), 1);
+    assert!(counter(&bed).is_some(), "one of its payments is left");
+    bed.clock.advance(DAY);
+    bed.upkeep().await;
+    assert_eq!(bed.store().payments(), 0);
+    assert!(counter(&bed).is_none());
+    if bed.folder.is_some() {
+        bed.reopen().await;
+        assert_eq!(bed.store().draw_number("res-1").await.unwrap().n, 0);
+    }
+}
+
 async fn settled_payments_go_after_their_time(bed: Bed) {
     let done = bed.payment(1, Scenario::Approve, Some((1, 1)));
     let owed = bed.payment(2, Scenario::Approve, None);
@@ -409,15 +465,11 @@ async fn settled_payments_go_after_their_time(bed: Bed) {
     bed.create(&owed).await.unwrap();
     bed.clock.advance(Duration::from_secs(2));
     bed.deliver(&done).await;
-    let round = || {
-        let store = Arc::clone(bed.store());
-        async { tokio::task::spawn_blocking(move || store.upkeep()).await.unwrap() }
-    };
     bed.clock.advance(DAY - Duration::from_secs(3));
-    round().await;
+    bed.upkeep().await;
     assert!(bed.get(&done).await.is_some(), "a second too early");
     bed.clock.advance(Duration::from_secs(2));
-    round().await;
+    bed.upkeep().await;
     assert!(bed.get(&done).await.is_none());
     assert!(bed.get(&owed).await.is_some(), "it still owes something");
     assert_eq!(bed.page(any()).await.payments.len(), 1);
@@ -431,7 +483,7 @@ fn rows_of_dead(bed: &Bed) -> Vec<PaymentId> {
     let mut ids = Vec::new();
     let all = tables::Span::forwards(Bound::Unbounded, Bound::Unbounded);
     let store = bed.store();
-    let scanned = store.tables().scan(tables::Table::Dead, all, &mut |key, _| {
+    let scanned = store.shared().tables.scan(tables::Table::Dead, all, &mut |key, _| {
         ids.push(record::id(key).unwrap());
         ControlFlow::Continue(())
     });
@@ -527,8 +579,7 @@ async fn over_the_cap_the_oldest_settled_payments_go_early() {
     for payment in &all[1..] {
         bed.deliver(payment).await;
     }
-    let store = Arc::clone(bed.store());
-    tokio::task::spawn_blocking(move || store.upkeep()).await.unwrap();
+    bed.upkeep().await;
     let left: Vec<_> = bed.page(any()).await.payments;
     assert_eq!(left.len(), 10);
     assert!(bed.get(&all[0]).await.is_some(), "it still owes something");
@@ -575,4 +626,30 @@ async fn a_store_that_is_in_use_newer_or_damaged_is_refused() {
     assert!(refused.contains("acknowledged payments are missing"), "{refused}");
     std::fs::write(folder.join("commit.mark"), "1\n").unwrap();
     assert!(bed.open().is_ok(), "nothing was touched");
+}
+
+#[test]
+fn what_a_batch_says_last_of_a_key_holds() {
+    use super::{disk::Disk, memory::Memory, tables::Tables};
+    let folder = tempfile::tempdir().unwrap();
+    let write = |tables: &dyn Tables| {
+        let mut batch = Batch::default();
+        batch.delete(Table::Counter, *b"kept");
+        batch.put(Table::Counter, *b"kept", *b"1");
+        batch.put(Table::Counter, *b"gone", *b"1");
+        batch.delete(Table::Counter, *b"gone");
+        tables.write(batch).unwrap();
+    };
+    let check = |tables: &dyn Tables| {
+        assert_eq!(tables.get(Table::Counter, b"kept").unwrap().as_deref(), Some(&b"1"[..]));
+        assert_eq!(tables.get(Table::Counter, b"gone").unwrap(), None);
+    };
+    let memory = Memory::default();
+    write(&memory);
+    check(&memory);
+    let disk = Disk::open(folder.path()).unwrap();
+    write(&disk);
+    check(&disk);
+    drop(disk);
+    check(&Disk::open(folder.path()).unwrap());
 }

@@ -117,8 +117,8 @@ impl Embedded {
     }
 
     #[cfg(test)]
-    pub(super) fn tables(&self) -> &dyn Tables {
-        &*self.shared.tables
+    pub(super) fn shared(&self) -> &Shared {
+        &self.shared
     }
 
     /// One round of upkeep (retention, free space, high-water mark), as it runs every second.
@@ -262,7 +262,7 @@ impl Store for Embedded {
     }
 
     async fn draw_number(&self, reservation: &str) -> Result<Draw, StoreError> {
-        let key = self.shared.secret.tag(b"draws", &[reservation.as_bytes()]);
+        let key = self.shared.draws_name(reservation);
         self.counters.draw(key, || {
             let stored = self.shared.read(Table::Counter, &key)?;
             stored.map_or(Ok(0), |bytes| record::number(&bytes))

@@ -157,9 +157,9 @@ impl Work {
         while took.elapsed() < DROPPING_MAX {
             let surplus = self.surplus();
             let look = self.look(at, now, surplus)?;
-            self.drop_all(look.old, false)?;
-            self.drop_all(look.surplus, true)?;
-            survivor = survivor.or(look.survivor);
+            let stayed = [self.drop_all(look.old, false)?, self.drop_all(look.surplus, true)?];
+            let stayed = stayed.into_iter().flatten().chain(look.survivor).min();
+            survivor = survivor.or(stayed);
             at = look.reached;
             if look.ended {
                 break;
@@ -220,16 +220,27 @@ impl Work {
         Ok(look)
     }
 
-    fn drop_all(&self, payments: Vec<Versioned>, early: bool) -> Result<(), StoreError> {
+    /// Where some had changed since they were looked at, and so stayed, they are looked at again from
+    /// the payment that this gives back.
+    fn drop_all(
+        &self,
+        payments: Vec<Versioned>,
+        early: bool,
+    ) -> Result<Option<PaymentId>, StoreError> {
+        let mut stayed = None;
         let mut rest = payments.into_iter().peekable();
-        while rest.peek().is_some() {
-            let payments = rest.by_ref().take(CHUNK).collect();
+        while let Some(first) = rest.peek().map(|stored| stored.payment.terms.id) {
+            let payments: Vec<_> = rest.by_ref().take(CHUNK).collect();
+            let sent = payments.len();
             let dropped = self.run(|answer| Job::Drop { payments, answer })?;
+            if dropped < sent {
+                stayed = stayed.or(Some(first));
+            }
             if early {
                 (self.on_dropped_early)(dropped as u64);
             }
         }
-        Ok(())
+        Ok(stayed)
     }
 
     fn lapse(&self, now: Timestamp) -> Result<(), StoreError> {

@@ -214,6 +214,31 @@ pub async fn commit_one(store: &dyn Store, commit: Commit) -> Result<Committed, 
     store.commit(vec![commit]).await.pop().expect("one answer a commit")
 }
 
+/// What cannot be read is tried again after this: it may be the disk's mood, and it may be damage.
+pub const UNREADABLE_MS: u64 = 60_000;
+
+impl Lease {
+    /// The payment that is leased, where there still is one. A record that cannot be read is put off by
+    /// itself, so that it does not hold up what is due beside it.
+    pub async fn read(
+        self,
+        store: &dyn Store,
+        now: Timestamp,
+    ) -> Result<Option<(Versioned, Self)>, StoreError> {
+        match store.get(self.id).await {
+            Ok(Some(stored)) => Ok(Some((stored, self))),
+            Ok(None) => Ok(None),
+            Err(StoreError::Corrupt(why)) => {
+                let id = self.id.intent();
+                tracing::error!(payment = id, why, "a due payment cannot be read; put off");
+                self.put_off(now.plus_ms(UNREADABLE_MS));
+                Ok(None)
+            }
+            Err(error) => Err(error),
+        }
+    }
+}
+
 /// Called with the size of each batch and how long it took.
 pub type OnCommit = Arc<dyn Fn(usize, std::time::Duration) + Send + Sync>;
 

@@ -1,10 +1,10 @@
 //! Bytes of the records. The first byte of each is its version, so that one store can hold several.
 
-use std::sync::Arc;
+use std::{ops::Bound, sync::Arc};
 
 use serde::{Serialize, de::DeserializeOwned};
 
-use super::{Revision, StoreError, Versioned};
+use super::{Revision, StoreError, Versioned, tables::Span};
 use crate::domain::{
     ids::{PaymentId, RequestHash},
     payment::{Payment, Progress, Terms},
@@ -85,6 +85,12 @@ pub fn index_key(name: [u8; 8], id: PaymentId) -> Vec<u8> {
     let mut key = name.to_vec();
     key.extend(id.bytes().iter().map(|byte| !byte));
     key
+}
+
+/// All keys of `Index` under a name.
+pub fn index_span(name: [u8; 8]) -> Span {
+    let key = |id: [u8; 16]| [name.as_slice(), &id].concat();
+    Span::forwards(Bound::Included(key([0; 16])), Bound::Included(key([0xff; 16])))
 }
 
 pub fn read_index_id(key: &[u8]) -> Result<PaymentId, StoreError> {

@@ -146,6 +146,11 @@ impl Shared {
         self.name(b"reservation", reservation)
     }
 
+    /// The name under which a reservation's draws are counted.
+    pub fn draws_name(&self, reservation: &str) -> [u8; 16] {
+        self.secret.tag(b"draws", &[reservation.as_bytes()])
+    }
+
     fn name(&self, kind: &[u8], name: &str) -> [u8; 8] {
         let tag = self.secret.tag(kind, &[name.as_bytes()]);
         tag[..8].try_into().expect("8 of 16 bytes")

@@ -21,7 +21,7 @@ pub enum Table {
     Due,
     /// Payment id → nothing, for payments with a dead delivery.
     Dead,
-    /// Hash of a reservation → how many draws it had.
+    /// Hash of a reservation → how many draws it had; goes with the reservation's last payment.
     Counter,
     /// Secret, sequence, marks.
     Meta,

@@ -2,11 +2,12 @@
 //! is stored and staged, makes them durable with one sync, and answers.
 
 use std::{
+    ops::ControlFlow,
     sync::{Arc, atomic::Ordering},
     time::Duration,
 };
 
-use rustc_hash::FxHashMap;
+use rustc_hash::{FxHashMap, FxHashSet};
 use tokio::sync::{mpsc, oneshot};
 
 use super::{
@@ -348,10 +349,11 @@ impl Writer {
         count
     }
 
-    /// Drops what has not changed since it was judged: its record, its place in lists, and its create's
-    /// key unless a newer payment has taken that.
+    /// Drops what has not changed since it was judged: its record, its place in lists, its create's key
+    /// unless a newer payment has taken that, and with a reservation's last payment its counter.
     fn stage_drops(&self, stage: &mut Stage, payments: Vec<super::Versioned>) -> usize {
         let mut dropped = 0;
+        let mut drew = FxHashSet::default();
         for super::Versioned { payment, revision } in payments {
             let terms = &payment.terms;
             let staged = stage.revisions.contains_key(&terms.id);
@@ -374,11 +376,35 @@ impl Writer {
             {
                 stage.batch.delete(Table::Key, key.0);
             }
+            if terms.idempotency.is_none() && terms.plan.scenario.draws() {
+                drew.insert(terms.reservation_id.clone());
+            }
             stage.revisions.insert(terms.id, None);
             stage.payments -= 1;
             dropped += 1;
         }
+        for reservation in drew {
+            self.stage_counter_drop(stage, &reservation);
+        }
         dropped
+    }
+
+    /// Forgets how often a reservation drew when none of its payments is left.
+    fn stage_counter_drop(&self, stage: &mut Stage, reservation: &str) {
+        let counter = self.shared.draws_name(reservation);
+        if stage.draws.iter().any(|draw| draw.reservation == counter) {
+            return;
+        }
+        let name = self.shared.reservation_name(reservation);
+        let mut left = false;
+        let read = self.shared.scan(Table::Index, record::index_span(name), &mut |key, _| {
+            let gone = |id| matches!(stage.revisions.get(&id), Some(None));
+            left = !record::read_index_id(key).is_ok_and(gone);
+            if left { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+        });
+        if read.is_ok() && !left {
+            stage.batch.delete(Table::Counter, counter);
+        }
     }
 }
 

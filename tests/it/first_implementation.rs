@@ -5,28 +5,25 @@ use std::sync::{Arc, Mutex};
 
 use async_trait::async_trait;
 use payment_sim::{
-    app::{App, NewPayment, Settings},
-    clock::{Clock, ManualClock},
+    clock::ManualClock,
     courier::{Courier, Parcel},
     domain::{
         delivery::{Attempt, Attempted, Channel, DeliveryState, Verdict},
         ids::PaymentId,
-        money::{Currency, Money},
-        payment::{Method, Trace},
-        scenario::{self, Scenario as DomainScenario},
         time::Timestamp,
     },
     driver::Step,
-    metrics::Metrics,
-    outbox::{Events, Finisher, Policies, Shared},
-    store::{self, Location, Retention, Store},
+    outbox::{Batches, Finisher, Jitter, Mail, Policies, RETRIES},
+    store,
 };
 use std::time::Duration;
 use tonic::Code;
 
 use crate::support::{
     CreatePaymentIntentRequest, ListPaymentsRequest, PaymentScenario as Scenario, Refused, TestApp,
-    WebhookSink, create, eventually, http_get,
+    WebhookSink,
+    bare::{new_payment, outbox},
+    create, eventually, http_get,
 };
 
 #[tokio::test(flavor = "multi_thread")]
@@ -120,11 +117,13 @@ async fn a_failed_entry_is_no_success_it_stays_owed_and_it_alone_is_sent_again()
         ids.push(created.payment.terms.id);
     }
     let courier = Arc::new(OneFails { fails: Mutex::new(Some(ids[1])), batches: Mutex::default() });
-    let policies = Policies { event: Policies::event(), webhook: Policies::event() };
-    let (finisher, done) = Finisher::new(shared.clone(), policies, Arc::new(|| 1.0));
+    let policies = Policies { batched: RETRIES, webhook: RETRIES };
+    let jitter: Jitter = Arc::new(|| 1.0);
+    let (finisher, done) = Finisher::new(shared.clone(), policies, Arc::clone(&jitter));
     let mut finishing = tokio::task::JoinSet::new();
     finishing.spawn(finisher.run());
-    let events = Events::new(shared.clone(), courier.clone(), "eventbridge", done);
+    let mail = Mail::Events("eventbridge");
+    let events = Batches::new(shared.clone(), courier.clone(), mail, jitter, done);
     assert_eq!(events.step().await, 3);
     let state = |id| {
         let store = Arc::clone(&shared.store);
@@ -143,7 +142,11 @@ async fn a_failed_entry_is_no_success_it_stays_owed_and_it_alone_is_sent_again()
     clock.advance(Duration::from_secs(60));
     let again = async || (events.step().await == 1).then_some(());
     eventually("it is sent again", again).await;
-    assert_eq!(courier.batches.lock().unwrap()[1..], [vec![ids[1]]]);
+    let sent = async || (courier.batches.lock().unwrap().get(1)? == &[ids[1]]).then_some(());
+    eventually("it and nothing else", sent).await;
+    events.drain(Duration::from_secs(60)).await;
+    drop(events);
+    finishing.join_all().await;
     let metrics = shared.metrics.render();
     for line in [
         r#"events_published_total{result="published",sink="eventbridge"} 3"#,
@@ -151,51 +154,7 @@ async fn a_failed_entry_is_no_success_it_stays_owed_and_it_alone_is_sent_again()
     ] {
         assert!(metrics.contains(line), "{line}");
     }
-    drop(events);
-    finishing.join_all().await;
     assert_eq!(shared.store.backlog(store::Work::Event).pending, 0);
-}
-
-fn outbox(clock: &ManualClock) -> (Shared, App) {
-    let clock: Arc<dyn Clock> = Arc::new(clock.clone());
-    let day = Duration::from_secs(86_400);
-    let options = store::Options {
-        retention: Retention { payments: day, idempotency: day, payments_max: None },
-        clock: Arc::clone(&clock),
-        on_commit: Arc::new(|_, _| ()),
-        on_dropped_early: Arc::new(|_| ()),
-    };
-    let store: Arc<dyn Store> = store::open(&Location::Memory, options).unwrap();
-    let settings = Settings {
-        scenario: scenario::Settings {
-            default_scenario: DomainScenario::Approve,
-            default_delay: Duration::ZERO,
-            timeout_settle: Duration::ZERO,
-            manual_ttl: Duration::ZERO,
-            random_approval_rate: 1.0,
-            seed: 0,
-        },
-        events: true,
-    };
-    let metrics = Arc::new(Metrics::new());
-    let app = App::new(Arc::clone(&store), Arc::clone(&clock), Arc::clone(&metrics), settings);
-    (Shared { store, clock, metrics }, app)
-}
-
-fn new_payment(reservation: &str) -> NewPayment {
-    NewPayment {
-        reservation_id: reservation.to_owned(),
-        user_id: "user-1".to_owned(),
-        amount: Money { amount: 1_000, currency: Currency::parse("KRW").unwrap() },
-        vat: None,
-        method: Method::CreditCard,
-        scenario: None,
-        webhook_url: None,
-        metadata: None,
-        echo: None,
-        card: None,
-        trace: Trace::default(),
-    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

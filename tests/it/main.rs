@@ -12,6 +12,7 @@ mod first_implementation;
 mod idempotency;
 mod lists;
 mod ops;
+mod outbox;
 mod restart;
 mod scenarios;
 mod simulate;

@@ -182,12 +182,50 @@ async fn a_hung_receiver_holds_up_no_other() {
     good.first(5).await;
     assert_eq!(hung.received().len(), 2, "as many as its origin has places");
     hung.let_go();
-    app.advance_ms(200);
-    crate::support::eventually("the other three", || async {
-        app.advance_ms(200);
-        (hung.received().len() == 5).then_some(())
-    })
-    .await;
+    hung.first(5).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_origin_that_is_down_is_probed_and_what_goes_there_counts_as_failed() {
+    let app = TestApp::with(|config| config.webhook.max_attempts = 20).await;
+    let sink = WebhookSink::start().await;
+    sink.answers(std::iter::repeat_n(Answer::Status(500), 10).chain([Answer::Hang]));
+    let first = app.pay(Scenario::Manual, &sink.url).await;
+    app.process(&first).await.unwrap();
+    for attempt in 1..=10 {
+        app.webhook_attempted(&first, attempt).await;
+        app.advance_ms(3_600_000);
+    }
+    sink.first(11).await;
+    let second = app.pay(Scenario::Manual, &sink.url).await;
+    app.process(&second).await.unwrap();
+    let withheld = app.webhook_attempted(&second, 1).await;
+    assert_eq!(
+        (withheld.state.as_str(), withheld.attempts[0].error.as_str()),
+        ("OWED", "ORIGIN_DOWN")
+    );
+    assert_eq!(sink.received().len(), 11, "the probe is under way");
+    assert_eq!(app.metric(r#"webhook_deliveries_total{result="withheld"}"#).await, 1.0);
+    sink.let_go();
+    app.webhook_becomes(&first, "DELIVERED").await;
+    app.advance_ms(1_000);
+    app.webhook_becomes(&second, "DELIVERED").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_rate_limit_is_kept_for_each_origin() {
+    let app = TestApp::with(|config| config.webhook.max_rps = Some(10)).await;
+    let (limited, other) = (WebhookSink::start().await, WebhookSink::start().await);
+    for _ in 0..3 {
+        app.process(&app.pay(Scenario::Manual, &limited.url).await).await.unwrap();
+    }
+    for n in 1..=3 {
+        limited.first(n).await;
+        app.process(&app.pay(Scenario::Manual, &other.url).await).await.unwrap();
+        other.first(n).await;
+        assert_eq!(limited.received().len(), n, "one each tenth of a second");
+        app.advance_ms(100);
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -1,6 +1,7 @@
 //! The service in this process, and what a test does to it.
 
 mod app;
+pub mod bare;
 mod client;
 mod event_log;
 mod sink;
