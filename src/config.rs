@@ -23,7 +23,9 @@ use url::Url;
 
 pub use environment::{Environment, Origin};
 pub use settings::{env_template, markdown_table};
-pub use value::{EventSink, LogLevel, Scenario, Secrets, Stage, StartupCheck, StoreUrl};
+pub use value::{
+    EventSink, LogLevel, Scenario, Secrets, Stage, StartupCheck, StoreUrl, Switch, Token,
+};
 
 use settings::{DefaultValue, SETTINGS, Setting, setting};
 use value::{FromValue, Value};
@@ -54,6 +56,9 @@ pub struct Config {
     pub manual_ttl: Duration,
     pub random_approval_rate: f64,
     pub simulation_seed: u64,
+    pub simulation_api: Switch,
+    /// `None`: everybody may call that API.
+    pub simulation_token: Option<Token>,
     pub webhook: WebhookConfig,
     pub events: EventConfig,
 }
@@ -185,6 +190,8 @@ impl Config {
             manual_ttl: given.take("MANUAL_TTL_MS"),
             random_approval_rate: given.take("RANDOM_APPROVAL_RATE"),
             simulation_seed: given.take("SIMULATION_SEED"),
+            simulation_api: given.take("SIMULATION_API"),
+            simulation_token: given.take("SIMULATION_TOKEN"),
             webhook: WebhookConfig {
                 secrets: given.take("WEBHOOK_SECRET"),
                 timeout: given.take("WEBHOOK_TIMEOUT_MS"),
@@ -436,6 +443,7 @@ impl Resolved {
         }
         bad.extend(same_port_twice(&rows));
         bad.extend(sink_without_queue(&rows));
+        bad.extend(token_missing(&rows));
         if bad.is_empty() { Ok(Self(rows)) } else { Err(Ended::BadValues(bad)) }
     }
 
@@ -459,6 +467,7 @@ impl Resolved {
             let value = match value {
                 Value::Unset => "(unset)".into(),
                 Value::Secrets(secrets) => format!("({} set, not shown)", secrets.iter().len()),
+                Value::Token(_) => "(set, not shown)".into(),
                 _ => given.escape_debug().to_string(),
             };
             let _infallible = writeln!(text, "{:width$}  {value}  ({origin})", setting.name);
@@ -566,6 +575,23 @@ fn sink_without_queue(rows: &BTreeMap<&'static str, Row>) -> Option<BadValue> {
         }),
         _ => None,
     }
+}
+
+/// What steers the simulation in production is nobody's without a token.
+fn token_missing(rows: &BTreeMap<&'static str, Row>) -> Option<BadValue> {
+    let (stage, api) = (rows.get("ENVIRONMENT")?, rows.get("SIMULATION_API")?);
+    let (token, _, origin) = rows.get("SIMULATION_TOKEN")?;
+    let is_needed = Stage::from_value(&stage.0)? == Stage::Production
+        && Switch::from_value(&api.0)? == Switch::On;
+    (is_needed && matches!(token, Value::Unset)).then(|| BadValue {
+        name: "SIMULATION_TOKEN",
+        origin: *origin,
+        shown: "not set".into(),
+        allowed: format!(
+            "{}; in production it must be set where SIMULATION_API is on",
+            setting("SIMULATION_TOKEN").kind.allowed()
+        ),
+    })
 }
 
 /// How to make the key that an off-the-shelf Standard Webhooks verifier takes, for each secret that

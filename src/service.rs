@@ -9,10 +9,10 @@ use tokio_util::sync::CancellationToken;
 use tonic_health::{ServingStatus, server::HealthReporter};
 
 use crate::{
-    api::{self, grpc::Payments},
+    api::{self, SimulationServer, grpc::Payments, simulation::Simulation, token::Guard},
     app::{self, App},
     clock::{Clock, SystemClock},
-    config::{Config, EventSink, StartupCheck as OnMiss, StoreUrl},
+    config::{Config, EventSink, StartupCheck as OnMiss, StoreUrl, Switch, Token},
     courier::{
         Courier, DeadLetterCourier, EventBridgeCourier, LogCourier, NoDeadLetterQueue, SqsCourier,
         WebhookCourier,
@@ -117,9 +117,11 @@ impl Service {
             events: config.events.sink != EventSink::None,
         };
         let app = App::new(Arc::clone(&store), Arc::clone(&clock), Arc::clone(metrics), settings);
-        let payments = Payments::new(Arc::new(app), config.public_url.clone(), grpc_end.clone());
+        let app = Arc::new(app);
+        let simulation = simulation_server(config, &app);
+        let payments = Payments::new(app, config.public_url.clone(), grpc_end.clone());
         let edge_limits = EdgeLimits { max_in_flight: config.max_in_flight, ..Default::default() };
-        let routes = api::routes(health_server);
+        let routes = api::routes(health_server, simulation);
         Ok(Self {
             edge: Edge::new(payments, routes, edge_limits, Arc::clone(metrics) as _),
             scheduler: Arc::new(Scheduler {
@@ -191,6 +193,18 @@ impl Outbox {
         };
         let all = tokio::join!(events, self.letters.drain(grace), self.webhooks.drain(grace));
         all == (true, true, true)
+    }
+}
+
+/// `None` where it is off.
+fn simulation_server(config: &Config, app: &Arc<App>) -> Option<SimulationServer> {
+    match config.simulation_api {
+        Switch::On => {
+            let token = config.simulation_token.as_ref().map(Token::as_str);
+            let guard = Guard::new(token, app.secret());
+            Some(api::simulation_server(Simulation::new(Arc::clone(app)), guard))
+        }
+        Switch::Off => None,
     }
 }
 

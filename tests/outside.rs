@@ -20,6 +20,7 @@ use payment_sim::{
             CancelPaymentRequest, CreatePaymentIntentRequest, CreditCardDetails,
             GetPaymentIntentRequest, PaymentDetails, PaymentScenario, ProcessPaymentRequest,
         },
+        simulation::v1::ListDeliveriesRequest,
     },
     clock::Stopwatch,
 };
@@ -28,7 +29,7 @@ use support::{
     Client, client, free_ports,
     process::{Launch, Service, get},
     receiver::Receiver,
-    until,
+    simulation, until,
 };
 use tokio::task::JoinSet;
 use tonic::Request;
@@ -40,6 +41,7 @@ const LINES_PER_SECOND: usize = 100;
 // ---- Log lines ----
 
 const SECRET: &str = "a-secret-that-nobody-may-read-in-a-log";
+const TOKEN: &str = "a-token-that-nobody-may-read-in-a-log";
 const PAN: &str = "4000056655665556";
 const CVV: &str = "907";
 const HOLDER: &str = "Holder Of The Card";
@@ -155,6 +157,14 @@ async fn no_secret_card_or_signature_reaches_a_log_or_an_event() {
     bed.client().create_payment_intent(bad).await.expect_err("it has expired");
     let good = create("nobody-listens", "http://127.0.0.1:9/");
     bed.client().create_payment_intent(good).await.expect("created");
+    // And with the token, right and nearly so.
+    for (token, admitted) in [(TOKEN.to_owned(), true), (format!("{TOKEN}2"), false)] {
+        let mut request = tonic::Request::new(ListDeliveriesRequest::default());
+        let bearer = format!("Bearer {token}").parse().expect("a header");
+        request.metadata_mut().insert("authorization", bearer);
+        let listed = simulation(bed.launch.grpc_port).list_deliveries(request).await;
+        assert_eq!(listed.is_ok(), admitted);
+    }
     assert!(until(SOON, || async { bed.signatures().len() >= 2 }).await, "no webhook came");
     tokio::time::sleep(Duration::from_millis(500)).await;
     let signatures = bed.signatures();
@@ -167,7 +177,9 @@ async fn no_secret_card_or_signature_reaches_a_log_or_an_event() {
     let base64 = "NDAwMDA1NjY1NTY2NTU1Ng";
     let hex = "34303030303536363535363635353536";
     for (what, text) in [("the log", &log), ("the events", &out)] {
-        for secret in [SECRET, PAN, dashed, spaced, base64, hex, HOLDER, "cvv", "card_number"] {
+        for secret in
+            [SECRET, TOKEN, PAN, dashed, spaced, base64, hex, HOLDER, "cvv", "card_number"]
+        {
             assert!(!text.contains(secret), "{secret} is in {what}: {text}");
         }
         for signature in &signatures {
@@ -184,7 +196,7 @@ async fn no_secret_card_or_signature_reaches_a_log_or_an_event() {
     assert!(!words.into_iter().any(|word| word == CVV), "{log}");
     for path in files {
         let bytes = fs::read(&path).unwrap_or_default();
-        for secret in [PAN, dashed, spaced, base64, hex, HOLDER, SECRET] {
+        for secret in [PAN, dashed, spaced, base64, hex, HOLDER, SECRET, TOKEN] {
             let found = bytes.windows(secret.len()).any(|window| window == secret.as_bytes());
             assert!(!found, "{secret} is in {}", path.display());
         }
@@ -249,6 +261,8 @@ fn in_production(launch: Launch) -> Launch {
         .with("BIND_ADDRESS", "127.0.0.1")
         .with("WEBHOOK_SECRET", SECRET)
         .with("WEBHOOK_ALLOW_CIDRS", "127.0.0.0/8")
+        .with("SIMULATION_API", "on")
+        .with("SIMULATION_TOKEN", TOKEN)
         .with("DRAIN_DELAY_MS", 0)
 }
 

@@ -3,7 +3,7 @@
 
 use std::fmt::Write as _;
 
-use super::value::{EventSink, Kind, LogLevel, Scenario, Stage, StartupCheck};
+use super::value::{EventSink, Kind, LogLevel, Scenario, Stage, StartupCheck, Switch};
 
 /// One setting, as an operator sees it.
 #[derive(Debug)]
@@ -149,7 +149,8 @@ const fn row(
     default: DefaultValue,
     help: &'static str,
 ) -> Setting {
-    Setting { name, section, kind, default, help, secret: matches!(kind, Kind::Secrets) }
+    let secret = matches!(kind, Kind::Secrets | Kind::Token);
+    Setting { name, section, kind, default, help, secret }
 }
 
 use DefaultValue::{ByStage, ByStore, Cores, DevelopmentOnly, Fixed, SharedProfile, Unset};
@@ -196,6 +197,10 @@ pub static SETTINGS: &[Setting] = &[
         "Share of random payments that complete."),
     row(SIMULATION, "SIMULATION_SEED", Kind::Whole { min: 0, max: u64::MAX }, Fixed("0"),
         "Seed of every draw; the same seed and requests give the same fates."),
+    row(SIMULATION, "SIMULATION_API", Kind::Choice(Switch::NAMES), ByStage { development: "on", production: "off" },
+        "Whether simulation.v1.SimulationService is served."),
+    row(SIMULATION, "SIMULATION_TOKEN", Kind::Token, Unset,
+        "Callers of that API must send it as authorization: Bearer; must be set where it is on in production. Rather in the environment than as a flag, which every user of the machine can read."),
 
     row(WEBHOOKS, "WEBHOOK_SECRET", Kind::Secrets, DevelopmentOnly("payment-sim-dev-secret"),
         "Signs webhooks; several for rotation. Rather in the environment than as a flag, which every user of the machine can read."),

@@ -265,6 +265,8 @@ const BOUNDS: &[Bounds] = &[
     ("MANUAL_TTL_MS", &["1", "604800000"], &["0", "604800001"]),
     ("RANDOM_APPROVAL_RATE", &["0", "1", "0.5"], &["-0.1", "1.1", "inf", "80%"]),
     ("SIMULATION_SEED", &["0", "18446744073709551615"], &["-1", "18446744073709551616"]),
+    ("SIMULATION_API", &["on", "off"], &["true", "1", "ON"]),
+    ("SIMULATION_TOKEN", &["t", "a-b.c_d~e+f/g=", "a,b"], &["a b", "a\tb", "t\u{e9}"]),
     ("WEBHOOK_TIMEOUT_MS", &["1", "60000"], &["0", "60001"]),
     ("WEBHOOK_MAX_ATTEMPTS", &["1", "100"], &["0", "101"]),
     ("WEBHOOK_BACKOFF_BASE_MS", &["1", "3600000"], &["0", "3600001"]),
@@ -392,6 +394,37 @@ fn a_secret_is_never_shown() {
         }
     }
 }
+
+#[test]
+fn the_simulation_api_is_off_in_production_unless_it_has_a_token() {
+    let production = |[api, token]: [(&str, &str); 2]| {
+        let given = [("ENVIRONMENT", "production"), ("WEBHOOK_SECRET", "of our own"), api, token];
+        Environment::from(given)
+    };
+    let none = ("SIMULATION_TOKEN", "");
+    let open = config(&[], []);
+    assert!(open.simulation_api == Switch::On && open.simulation_token.is_none());
+    assert_eq!(config(&[], production([("SIMULATION_API", ""), none])).simulation_api, Switch::Off);
+    let found = bad(&[], production([("SIMULATION_API", "on"), none]));
+    assert_eq!((found.len(), found[0].name), (1, "SIMULATION_TOKEN"));
+    assert!(found[0].allowed.contains("must be set where SIMULATION_API is on"));
+    let guarded = production([("SIMULATION_API", "on"), ("SIMULATION_TOKEN", "hunter2")]);
+    let guarded = config(&[], guarded);
+    assert_eq!(guarded.simulation_token.unwrap().as_str(), "hunter2");
+}
+
+#[test]
+fn the_token_is_never_shown() {
+    const TOKEN: &str = "hunter2";
+    let given = || Environment::from([("SIMULATION_TOKEN", TOKEN)]);
+    assert!(!format!("{:?}", config(&[], given())).contains(TOKEN));
+    let report = told(&["--check-config"], given());
+    let line = report.lines().find(|line| line.starts_with("SIMULATION_TOKEN")).unwrap();
+    assert!(line.contains("(set, not shown)") && !report.contains(TOKEN), "{report}");
+    let found = bad(&["--simulation-token", "hunter2 hunter2"], []);
+    assert!(!Ended::BadValues(found).to_string().contains(TOKEN));
+}
+
 const BASE64_OF_SECRET: &str = "aHVudGVyMg==";
 
 #[test]

@@ -43,6 +43,9 @@ choices! {
     Stage { Development = "development", Production = "production" }
 }
 choices! {
+    Switch { On = "on", Off = "off" }
+}
+choices! {
     /// Where events go.
     EventSink { EventBridge = "eventbridge", Sqs = "sqs", Log = "log", None = "none" }
 }
@@ -133,6 +136,31 @@ impl fmt::Debug for Secrets {
     }
 }
 
+/// What a caller has to show. Neither `Debug` nor any serialiser shows it.
+#[derive(Clone)]
+pub struct Token(String);
+
+impl Token {
+    const MAX_CHARS: usize = 255;
+
+    /// What a header can carry behind "Bearer".
+    pub fn parse(text: &str) -> Option<Self> {
+        let allowed = (1..=Self::MAX_CHARS).contains(&text.len())
+            && text.bytes().all(|b| b.is_ascii_graphic());
+        allowed.then(|| Self(text.to_owned()))
+    }
+
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl fmt::Debug for Token {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Token(not shown)")
+    }
+}
+
 /// What a setting takes.
 #[derive(Debug, Clone, Copy)]
 pub enum Kind {
@@ -166,6 +194,7 @@ pub enum Kind {
     Secrets,
     Networks,
     Hosts,
+    Token,
 }
 
 /// A setting's value, checked.
@@ -183,6 +212,7 @@ pub enum Value {
     Secrets(Secrets),
     Networks(AllowedNetworks),
     Hosts(AllowedHosts),
+    Token(Token),
 }
 
 impl Kind {
@@ -226,6 +256,9 @@ impl Kind {
                 egress::NONE,
                 egress::ENTRIES_MAX
             ),
+            Self::Token => {
+                format!("1 to {} printable ASCII characters without spaces", Token::MAX_CHARS)
+            }
         }
     }
 
@@ -283,6 +316,7 @@ impl Kind {
             Self::Secrets => Secrets::parse(text).map(Value::Secrets),
             Self::Networks => AllowedNetworks::parse(text).ok().map(Value::Networks),
             Self::Hosts => AllowedHosts::parse(text).ok().map(Value::Hosts),
+            Self::Token => Token::parse(text).map(Value::Token),
         }
     }
 }
@@ -326,6 +360,7 @@ from_value! {
     Secrets: Value::Secrets(s) => Some(s.clone()),
     AllowedNetworks: Value::Networks(n) => Some(n.clone()),
     AllowedHosts: Value::Hosts(h) => Some(h.clone()),
+    Token: Value::Token(t) => Some(t.clone()),
 }
 
 impl<T: FromValue> FromValue for Option<T> {

@@ -32,6 +32,7 @@ use super::{
     },
     connection, tls,
 };
+pub use crate::domain::origin::{Origin, origin};
 use crate::{
     clock::Stopwatch,
     domain::{delivery::Attempted, payment::Trace, signature::Signer, time::Timestamp},
@@ -66,21 +67,6 @@ const WEBHOOK_ID: HeaderName = HeaderName::from_static("webhook-id");
 const WEBHOOK_TIMESTAMP: HeaderName = HeaderName::from_static("webhook-timestamp");
 const WEBHOOK_SIGNATURE: HeaderName = HeaderName::from_static("webhook-signature");
 const TRACEPARENT: HeaderName = HeaderName::from_static("traceparent");
-
-/// Whose limits and breaker a URL falls under.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct Origin {
-    pub scheme: String,
-    pub host: String,
-    pub port: u16,
-}
-
-/// `None` where there is nothing to connect to: the attempt itself refuses such a URL.
-pub fn origin(url: &str) -> Option<Origin> {
-    let url = Url::parse(url).ok()?;
-    let (host, port) = (url.host_str()?.to_owned(), url.port_or_known_default()?);
-    Some(Origin { scheme: url.scheme().to_owned(), host, port })
-}
 
 #[derive(Clone, Debug)]
 pub struct WebhookSettings {
