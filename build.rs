@@ -3,10 +3,11 @@
 use std::path::PathBuf;
 use std::{env, fs, io};
 
-const PROTOS: [&str; 3] = [
+const PROTOS: [&str; 4] = [
     "proto/common/v1/errors.proto",
     "proto/common/v1/types.proto",
     "proto/payment/v1/payment.proto",
+    "proto/simulation/v1/simulation.proto",
 ];
 
 /// Reflection serves this file's bytes.

@@ -1,11 +1,15 @@
 //! Use cases: load → transition → commit, again when somebody else was quicker.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::{
+    collections::BTreeMap,
+    sync::{Arc, Mutex, PoisonError},
+};
 
 use crate::{
     clock::Clock,
     domain::{
         card::Card,
+        deliveries::{DeliveryFilter, DeliveryId, DeliveryNo, Standing},
         event,
         ids::{Idempotency, PaymentId, StoreSecret},
         money::Money,
@@ -16,8 +20,8 @@ use crate::{
     },
     metrics::Metrics,
     store::{
-        self, Change, Commit, Committed, ListQuery, Page, Remembered, Reply, Store, StoreError,
-        Versioned,
+        self, Change, Commit, Committed, DeliveryPage, DeliveryQuery, Found, ListQuery, Page,
+        Reached, Remembered, Reply, Store, StoreError, Versioned,
     },
 };
 
@@ -25,6 +29,10 @@ use crate::{
 pub const PROVIDER: &str = "sim";
 /// How often a command is tried against a payment that others change at the same time.
 const TRIES: usize = 16;
+/// Dead deliveries ordered again in one commit: no more payments are in memory at a time.
+const REDELIVERED_AT_A_TIME: usize = 100;
+/// And in one call, so that it ends well before its deadline.
+const REDELIVERED_MAX: usize = 1_000;
 
 pub struct App {
     store: Arc<dyn Store>,
@@ -96,6 +104,14 @@ pub enum Executed {
     Replayed(Vec<u8>),
     /// Not to be answered.
     Held,
+}
+
+/// What an order for dead deliveries came to.
+#[derive(Debug)]
+pub struct Redelivered {
+    pub ordered: usize,
+    /// There may be more dead ones beyond this.
+    pub more_beyond: Option<Reached>,
 }
 
 /// Who asked for a command, as far as it matters here.
@@ -226,6 +242,88 @@ impl App {
 
     pub async fn list(&self, query: ListQuery) -> Result<Page, Error> {
         Ok(self.store.list(query).await?)
+    }
+
+    pub async fn deliveries(&self, query: DeliveryQuery) -> Result<DeliveryPage, Error> {
+        Ok(self.store.deliveries(query).await?)
+    }
+
+    /// Owes a delivery that is over once more.
+    pub async fn redeliver(&self, id: DeliveryId) -> Result<(), Error> {
+        // Such a call has no key and is never held.
+        let caller = Caller { key: None, render: &|_, _| Vec::new(), hold: &|| false };
+        self.execute(id.payment, Command::Redeliver(id.no), caller).await.map(|_| ())
+    }
+
+    /// Owes once more what is dead of a filter.
+    pub async fn redeliver_dead(
+        &self,
+        filter: DeliveryFilter,
+        beyond: Option<Reached>,
+    ) -> Result<Redelivered, Error> {
+        let filter = DeliveryFilter { standing: Some(Standing::Dead), ..filter };
+        let mut done = Redelivered { ordered: 0, more_beyond: beyond };
+        for _ in 0..REDELIVERED_MAX / REDELIVERED_AT_A_TIME {
+            let (filter, limit) = (filter.clone(), REDELIVERED_AT_A_TIME);
+            let query = DeliveryQuery { filter, beyond: done.more_beyond, limit };
+            let page = self.store.deliveries(query).await?;
+            done.ordered += self.order(page.found).await?;
+            done.more_beyond = page.more_beyond;
+            if done.more_beyond.is_none() {
+                break;
+            }
+        }
+        Ok(done)
+    }
+
+    /// All of them in one commit, those whose payment changed meanwhile in the next.
+    async fn order(&self, found: Vec<Found>) -> Result<usize, Error> {
+        let mut left: BTreeMap<PaymentId, Vec<DeliveryNo>> = BTreeMap::new();
+        for Found { payment, no } in found {
+            left.entry(payment.terms.id).or_default().push(no);
+        }
+        let mut ordered = 0;
+        for _ in 0..TRIES {
+            if left.is_empty() {
+                return Ok(ordered);
+            }
+            ordered += self.try_order(&mut left).await?;
+        }
+        Err(StoreError::Overloaded.into())
+    }
+
+    /// What is ordered, or dead no more, leaves `left`.
+    async fn try_order(
+        &self,
+        left: &mut BTreeMap<PaymentId, Vec<DeliveryNo>>,
+    ) -> Result<usize, Error> {
+        let now = self.now();
+        let (mut commits, mut tried) = (Vec::new(), Vec::new());
+        for (id, wanted) in std::mem::take(left) {
+            // Dropped by retention meanwhile: there is nothing to send any more.
+            let Some(before) = self.store.get(id).await? else { continue };
+            let step = before.payment.transition(Command::RedeliverDead(wanted.clone()), now);
+            if let (Some(after), Ok(Answer::Redelivered { ordered })) = (step.changed, step.answer)
+            {
+                tried.push((id, wanted, ordered as usize, before.payment.clone(), after.clone()));
+                let change = Some(Change::Update { before, after });
+                commits.push(Commit { change, reply: None });
+            }
+        }
+        let mut done = 0;
+        for ((id, wanted, ordered, before, after), answer) in
+            tried.into_iter().zip(self.store.commit(commits).await)
+        {
+            match answer {
+                Ok(_) => {
+                    self.count_outcome(Some(&before), &after);
+                    done += ordered;
+                }
+                Err(StoreError::Conflict) => drop(left.insert(id, wanted)),
+                Err(error) => return Err(error.into()),
+            }
+        }
+        Ok(done)
     }
 
     /// Runs a command against a payment. The reply to a keyed request is stored in the same commit.

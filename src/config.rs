@@ -24,11 +24,15 @@ use url::Url;
 
 pub use environment::{Environment, Origin};
 pub use settings::{env_template, markdown_table};
-pub use value::{ApiStyle, EventSink, LogLevel, Scenario, Secrets, Stage, StartupCheck, StoreUrl};
+pub use value::{
+    ApiStyle, EventSink, LogLevel, Scenario, Secrets, Stage, StartupCheck, StoreUrl, Switch, Token,
+};
 pub use worker::{ReservationApiConfig, WorkerConfig};
 
 use settings::{Binary, DefaultValue, Setting, setting};
 use value::{FromValue, Value};
+
+use crate::egress;
 
 /// Every setting of payment-sim, checked.
 #[derive(Debug, Clone)]
@@ -54,6 +58,9 @@ pub struct Config {
     pub manual_ttl: Duration,
     pub random_approval_rate: f64,
     pub simulation_seed: u64,
+    pub simulation_api: Switch,
+    /// `None`: everybody may call that API.
+    pub simulation_token: Option<Token>,
     pub webhook: WebhookConfig,
     pub events: EventConfig,
 }
@@ -70,6 +77,7 @@ pub struct WebhookConfig {
     /// Of one origin; `None`: no limit.
     pub max_rps: Option<u32>,
     pub dlq_url: Option<Url>,
+    pub egress: egress::Policy,
 }
 
 #[derive(Debug, Clone)]
@@ -200,6 +208,8 @@ impl BinaryConfig for Config {
             manual_ttl: given.take("MANUAL_TTL_MS"),
             random_approval_rate: given.take("RANDOM_APPROVAL_RATE"),
             simulation_seed: given.take("SIMULATION_SEED"),
+            simulation_api: given.take("SIMULATION_API"),
+            simulation_token: given.take("SIMULATION_TOKEN"),
             webhook: WebhookConfig {
                 secrets: given.take("WEBHOOK_SECRET"),
                 timeout: given.take("WEBHOOK_TIMEOUT_MS"),
@@ -210,6 +220,10 @@ impl BinaryConfig for Config {
                 concurrency: given.take("WEBHOOK_CONCURRENCY"),
                 max_rps: Some(given.take("WEBHOOK_MAX_RPS")).filter(|n| *n > 0),
                 dlq_url: given.take("PAYMENT_WEBHOOK_DLQ_URL"),
+                egress: egress::Policy {
+                    networks: given.take("WEBHOOK_ALLOW_CIDRS"),
+                    hosts: given.take("WEBHOOK_ALLOW_HOSTS"),
+                },
             },
             events: EventConfig {
                 sink: given.take("EVENT_SINK"),
@@ -380,7 +394,13 @@ impl Given {
 
     fn parse(&self, setting: &'static Setting) -> Result<Value, BadValue> {
         let value = self.text.to_str().and_then(|text| setting.kind.parse(text.trim()));
-        value.ok_or_else(|| self.refused(setting, setting.kind.allowed()))
+        value.ok_or_else(|| {
+            // As in `shown`: what may hold a password is not repeated.
+            let text = self.text.to_str().filter(|text| !text.contains('@'));
+            let objection = text.and_then(|text| setting.kind.objection(text.trim()));
+            let why = objection.map(|objection| format!(" ({objection})")).unwrap_or_default();
+            self.refused(setting, setting.kind.allowed() + &why)
+        })
     }
 
     fn refused(&self, setting: &'static Setting, allowed: String) -> BadValue {
@@ -455,6 +475,7 @@ impl Resolved {
         }
         bad.extend(same_port_twice(&rows));
         bad.extend(sink_without_queue(&rows));
+        bad.extend(token_missing(&rows));
         if bad.is_empty() { Ok(Self(rows)) } else { Err(Ended::BadValues(bad)) }
     }
 
@@ -478,6 +499,7 @@ impl Resolved {
             let value = match set {
                 Value::Unset => "(unset)".into(),
                 Value::Secrets(secrets) => format!("({} set, not shown)", secrets.iter().len()),
+                Value::Token(_) => "(set, not shown)".into(),
                 _ => given.escape_debug().to_string(),
             };
             let _infallible = writeln!(text, "{:width$}  {value}  ({origin})", setting.name);
@@ -552,7 +574,7 @@ fn production_needs_its_own(
         format!("{}; in production it must be set, and not to the default", setting.kind.allowed());
     let Some(given) = given else { return Err(not_set(setting, allowed)) };
     let text = given.text.to_string_lossy();
-    if text.split(',').any(|one| one.trim() == refused) {
+    if text.split(',').any(|one| Secrets::is_key_of(one.trim(), refused)) {
         return Err(given.refused(setting, allowed));
     }
     Ok(())
@@ -591,6 +613,23 @@ fn sink_without_queue(rows: &BTreeMap<&'static str, Row>) -> Option<BadValue> {
         }),
         _ => None,
     }
+}
+
+/// What steers the simulation in production is nobody's without a token.
+fn token_missing(rows: &BTreeMap<&'static str, Row>) -> Option<BadValue> {
+    let (stage, api) = (rows.get("ENVIRONMENT")?, rows.get("SIMULATION_API")?);
+    let (token, _, origin) = rows.get("SIMULATION_TOKEN")?;
+    let is_needed = Stage::from_value(&stage.0)? == Stage::Production
+        && Switch::from_value(&api.0)? == Switch::On;
+    (is_needed && matches!(token, Value::Unset)).then(|| BadValue {
+        name: "SIMULATION_TOKEN",
+        origin: *origin,
+        shown: "not set".into(),
+        allowed: format!(
+            "{}; in production it must be set where SIMULATION_API is on",
+            setting("SIMULATION_TOKEN").kind.allowed()
+        ),
+    })
 }
 
 /// How to make the key that an off-the-shelf Standard Webhooks verifier takes, for each secret that

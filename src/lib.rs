@@ -30,6 +30,7 @@ pub mod reservation;
 pub mod chance;
 pub mod clock;
 pub mod config;
+pub mod egress;
 #[cfg(feature = "faults")]
 pub mod faults;
 pub mod healthcheck;

@@ -25,6 +25,8 @@ pub const GRPC_METHODS: &[(&str, &str)] = &[
     ("payment.v1.PaymentService", "CancelPayment"),
     ("payment.v1.PaymentService", "ListPayments"),
     ("payment.v1.PaymentService", "SimulateWebhook"),
+    ("simulation.v1.SimulationService", "ListDeliveries"),
+    ("simulation.v1.SimulationService", "Redeliver"),
     ("grpc.health.v1.Health", "Check"),
     ("grpc.health.v1.Health", "Watch"),
     ("grpc.reflection.v1.ServerReflection", "ServerReflectionInfo"),

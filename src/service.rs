@@ -9,11 +9,11 @@ use tokio_util::sync::CancellationToken;
 use tonic_health::{ServingStatus, server::HealthReporter};
 
 use crate::{
-    api::{self, grpc::Payments},
+    api::{self, SimulationServer, grpc::Payments, simulation::Simulation, token::Guard},
     app::{self, App},
     chance::chance,
     clock::{Clock, SystemClock},
-    config::{Config, EventSink, StartupCheck as OnMiss, StoreUrl},
+    config::{Config, EventSink, StartupCheck as OnMiss, StoreUrl, Switch, Token},
     courier::{
         Courier, DeadLetterCourier, EventBridgeCourier, LogCourier, NoDeadLetterQueue, SqsCourier,
         WebhookCourier,
@@ -112,9 +112,11 @@ impl Service {
             events: config.events.sink != EventSink::None,
         };
         let app = App::new(Arc::clone(&store), Arc::clone(&clock), Arc::clone(metrics), settings);
-        let payments = Payments::new(Arc::new(app), config.public_url.clone(), grpc_end.clone());
+        let app = Arc::new(app);
+        let simulation = simulation_server(config, &app);
+        let payments = Payments::new(app, config.public_url.clone(), grpc_end.clone());
         let edge_limits = EdgeLimits { max_in_flight: config.max_in_flight, ..Default::default() };
-        let routes = api::routes(health_server);
+        let routes = api::routes(health_server, simulation);
         Ok(Self {
             edge: Edge::new(payments, routes, edge_limits, Arc::clone(metrics) as _),
             scheduler: Arc::new(Scheduler {
@@ -186,6 +188,18 @@ impl Outbox {
         };
         let all = tokio::join!(events, self.letters.drain(grace), self.webhooks.drain(grace));
         all == (true, true, true)
+    }
+}
+
+/// `None` where it is off.
+fn simulation_server(config: &Config, app: &Arc<App>) -> Option<SimulationServer> {
+    match config.simulation_api {
+        Switch::On => {
+            let token = config.simulation_token.as_ref().map(Token::as_str);
+            let guard = Guard::new(token, app.secret());
+            Some(api::simulation_server(Simulation::new(Arc::clone(app)), guard))
+        }
+        Switch::Off => None,
     }
 }
 
@@ -365,9 +379,10 @@ fn webhook_courier(config: &Config) -> Result<Arc<dyn Courier>, Failed> {
     let secrets: Vec<&str> = config.webhook.secrets.iter().collect();
     let signer =
         Signer::new(&secrets).map_err(|error| (EXIT_CONFIG, format!("WEBHOOK_SECRET: {error}")))?;
-    Ok(Arc::new(WebhookCourier::new(WebhookSettings {
+    let settings = WebhookSettings {
         signer,
         timeout: config.webhook.timeout,
         idle_per_origin: config.webhook.origin_concurrency,
-    })))
+    };
+    Ok(Arc::new(WebhookCourier::new(config.webhook.egress.clone(), settings)))
 }

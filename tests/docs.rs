@@ -18,7 +18,10 @@ use http::{HeaderMap, HeaderName, HeaderValue};
 use payment_sim::{
     api::{
         error::Reason,
-        pb::payment::v1::{self as pb, payment_service_client::PaymentServiceClient},
+        pb::{
+            payment::v1::{self as pb, payment_service_client::PaymentServiceClient},
+            simulation::v1::{self as sim, simulation_service_client::SimulationServiceClient},
+        },
     },
     clock::Stopwatch,
     config::{
@@ -44,12 +47,14 @@ use tonic::transport::{Channel, Endpoint};
 const ROOT: &str = env!("CARGO_MANIFEST_DIR");
 const BINARY: &str = env!("CARGO_BIN_EXE_payment-sim");
 const SERVICE: &str = "payment.v1.PaymentService";
-const DOCUMENTS: [&str; 9] = [
+const SIMULATION: &str = "simulation.v1.SimulationService";
+const DOCUMENTS: [&str; 10] = [
     "README.md",
     "ARCHITECTURE.md",
     "CONTRIBUTING.md",
     "CHANGELOG.md",
     "docs/api.md",
+    "docs/simulation.md",
     "docs/webhooks.md",
     "docs/events.md",
     "docs/operations.md",
@@ -297,9 +302,14 @@ fn wire_name(camel: &str) -> String {
 }
 
 #[test]
-fn the_calls_table_is_the_protocols() {
+fn the_calls_tables_are_the_protocols() {
+    calls_table_is_the_protocols("docs/api.md", SERVICE);
+    calls_table_is_the_protocols("docs/simulation.md", SIMULATION);
+}
+
+fn calls_table_is_the_protocols(document: &str, service_name: &str) {
     let pool = protocol();
-    let service = pool.get_service_by_name(SERVICE).unwrap();
+    let service = pool.get_service_by_name(service_name).unwrap();
     let wanted: Vec<(String, Vec<String>)> = service
         .methods()
         .map(|method| {
@@ -307,13 +317,14 @@ fn the_calls_table_is_the_protocols() {
             (method.name().to_owned(), fields)
         })
         .collect();
-    let documented: Vec<(String, Vec<String>)> = rows(&section("docs/api.md", "## Calls"))
+    let documented: Vec<(String, Vec<String>)> = rows(&section(document, "## Calls"))
         .iter()
+        .filter(|row| row.len() == 3)
         .map(|row| (row[0].trim_matches('`').to_owned(), code_spans(&row[2])))
         .collect();
     assert_eq!(documented, wanted);
-    let measured =
-        GRPC_METHODS.iter().filter(|(service, _)| *service == SERVICE).map(|(_, method)| *method);
+    let measured = GRPC_METHODS.iter().filter(|(service, _)| *service == service_name);
+    let measured = measured.map(|(_, method)| *method);
     assert_eq!(set(measured), set(wanted.into_iter().map(|(name, _)| name)));
 }
 
@@ -699,14 +710,19 @@ struct Service {
 
 impl Service {
     fn start() -> Self {
-        (0..STARTS_TRIED).find_map(|_| Self::try_start()).expect("the service did not become ready")
+        Self::start_with(&[])
     }
 
-    fn try_start() -> Option<Self> {
+    fn start_with(settings: &[(&str, &str)]) -> Self {
+        let started = (0..STARTS_TRIED).find_map(|_| Self::try_start(settings));
+        started.expect("the service did not become ready")
+    }
+
+    fn try_start(settings: &[(&str, &str)]) -> Option<Self> {
         let (folder, grpc, ops) = (tempfile::tempdir().unwrap(), free_port(), free_port());
         let (grpc_text, ops_text) = (grpc.to_string(), ops.to_string());
-        let environment =
-            [("GRPC_PORT", &*grpc_text), ("OPS_PORT", &*ops_text), ("LOG_LEVEL", "warn")];
+        let ports = [("GRPC_PORT", &*grpc_text), ("OPS_PORT", &*ops_text), ("LOG_LEVEL", "warn")];
+        let environment = [&ports[..], settings].concat();
         let mut command = command(folder.path(), &environment);
         let mut process = command.stdout(Stdio::piped()).spawn().unwrap();
         let out = BufReader::new(process.stdout.take().unwrap());
@@ -725,9 +741,13 @@ impl Service {
         None
     }
 
-    async fn client(&self) -> PaymentServiceClient<Channel> {
+    async fn channel(&self) -> Channel {
         let endpoint = Endpoint::from_shared(format!("http://127.0.0.1:{}", self.grpc)).unwrap();
-        PaymentServiceClient::new(endpoint.connect().await.unwrap())
+        endpoint.connect().await.unwrap()
+    }
+
+    async fn client(&self) -> PaymentServiceClient<Channel> {
+        PaymentServiceClient::new(self.channel().await)
     }
 }
 
@@ -876,17 +896,17 @@ fn message<T: Message + Default>(name: &str, json: &str) -> T {
 }
 
 /// The calls of a document's grpcurl and ghz commands: method and body, in order.
-fn calls(text: &str) -> Vec<(String, String)> {
-    let commands = blocks(text, "bash").join("\n").replace("\\\n", " ");
+fn calls(text: &str, service: &str) -> Vec<(String, String)> {
+    let commands = format!("\n{}", blocks(text, "bash").join("\n")).replace("\\\n", " ");
     let mut found = Vec::new();
     for part in commands.split("\ngrpcurl ").skip(1) {
         let Some((_, rest)) = part.split_once("-d '") else { continue };
         let (body, rest) = rest.split_once('\'').unwrap();
-        let method = rest.split_once(&format!("localhost:8030 {SERVICE}/")).unwrap().1;
+        let method = rest.split_once(&format!("localhost:8030 {service}/")).unwrap().1;
         found.push((method.split_whitespace().next().unwrap().to_owned(), body.to_owned()));
     }
     for part in commands.split("\nghz ").skip(1) {
-        let (_, rest) = part.split_once(&format!("--call {SERVICE}.")).unwrap();
+        let (_, rest) = part.split_once(&format!("--call {service}.")).unwrap();
         let method = rest.split_whitespace().next().unwrap().to_owned();
         let body = rest.split_once("-d '").unwrap().1.split_once('\'').unwrap().0;
         found.push((method, body.to_owned()));
@@ -903,7 +923,10 @@ struct Received {
 /// A webhook receiver that says 204 to everything.
 fn receiver() -> (SocketAddr, mpsc::Receiver<Received>) {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-    let address = listener.local_addr().unwrap();
+    (listener.local_addr().unwrap(), receive(listener))
+}
+
+fn receive(listener: TcpListener) -> mpsc::Receiver<Received> {
     let (sender, received) = mpsc::channel();
     thread::spawn(move || {
         for stream in listener.incoming() {
@@ -930,7 +953,7 @@ fn receiver() -> (SocketAddr, mpsc::Receiver<Received>) {
             }
         }
     });
-    (address, received)
+    received
 }
 
 #[tokio::test]
@@ -941,7 +964,7 @@ async fn the_readmes_commands_do_what_it_says() {
     let name = |method: &str, end: &str| format!("payment.v1.{method}{end}");
     let mut id = String::new();
     let mut created = Stopwatch::start();
-    let calls = calls(&read("README.md"));
+    let calls = calls(&read("README.md"), SERVICE);
     let methods: Vec<&str> = calls.iter().map(|(method, _)| method.as_str()).collect();
     assert_eq!(
         methods,
@@ -985,6 +1008,71 @@ async fn the_readmes_commands_do_what_it_says() {
     assert!(created.elapsed() < Duration::from_secs(6), "told too late");
     let event = service.events.recv_timeout(SOON).unwrap();
     check_webhook(&webhook, &event, &id);
+}
+
+/// The only dead delivery, once there is one.
+async fn dead(
+    client: &mut SimulationServiceClient<Channel>,
+    request: &sim::ListDeliveriesRequest,
+) -> sim::ListedDelivery {
+    let watch = Stopwatch::start();
+    loop {
+        let reply = client.list_deliveries(request.clone()).await.unwrap().into_inner();
+        match <[_; 1]>::try_from(reply.deliveries) {
+            Ok([delivery]) => return delivery,
+            Err(_) if watch.elapsed() < SOON => tokio::time::sleep(POLL).await,
+            Err(other) => panic!("{other:?}"),
+        }
+    }
+}
+
+#[tokio::test]
+async fn the_simulation_pages_commands_do_what_it_says() {
+    let settings = [("WEBHOOK_MAX_ATTEMPTS", "1"), ("DEFAULT_DELAY_MS", "0")];
+    let service = Service::start_with(&settings);
+    let mut client = SimulationServiceClient::new(service.channel().await);
+    let port = free_port();
+    let url = format!("http://127.0.0.1:{port}/webhooks");
+    let body = format!(
+        r#"{{"reservation_id": "r", "user_id": "u", "webhook_url": "{url}",
+            "amount": {{"amount": 1, "currency": "KRW"}}}}"#
+    );
+    let create: pb::CreatePaymentIntentRequest =
+        message("payment.v1.CreatePaymentIntentRequest", &body);
+    let reply = service.client().await.create_payment_intent(create).await.unwrap();
+    let id = reply.into_inner().payment_intent_id;
+
+    let page = read("docs/simulation.md");
+    let calls = calls(&page, SIMULATION);
+    let methods: Vec<&str> = calls.iter().map(|(method, _)| method.as_str()).collect();
+    assert_eq!(methods, ["ListDeliveries", "Redeliver", "Redeliver", "ListDeliveries"]);
+    let request = |at: usize, kind: &str| {
+        let body = calls[at].1.replace(&EXAMPLE_ID[3..], &id[3..]);
+        (kind.to_owned(), body.replace("127.0.0.1:9000", &format!("127.0.0.1:{port}")))
+    };
+    let (name, list) = request(0, "simulation.v1.ListDeliveriesRequest");
+    let died = dead(&mut client, &message(&name, &list)).await;
+    let example = blocks(&section("docs/simulation.md", "## Calls"), "json").remove(0);
+    let example: sim::ListDeliveriesResponse =
+        message("simulation.v1.ListDeliveriesResponse", &example);
+    let example = example.deliveries[0].delivery.clone().unwrap();
+    let delivery = died.delivery.unwrap();
+    assert_eq!((died.payment_intent_id, &delivery.url), (id.clone(), &url));
+    assert_eq!(delivery.delivery_id, example.delivery_id.replace(&EXAMPLE_ID[3..], &id[3..]));
+    assert_eq!(delivery.attempts[0].error, example.attempts[0].error);
+
+    let webhooks = receive(TcpListener::bind(("127.0.0.1", port)).unwrap());
+    let (name, order) = request(1, "simulation.v1.RedeliverRequest");
+    let reply = client.redeliver(message::<sim::RedeliverRequest>(&name, &order)).await.unwrap();
+    assert_eq!(reply.into_inner().ordered, 1);
+    let webhook = webhooks.recv_timeout(SOON).unwrap();
+    assert_eq!(webhook.headers["webhook-id"], format!("evt_{}_1", &id[3..]));
+    let (name, order) = request(2, "simulation.v1.RedeliverRequest");
+    let reply = client.redeliver(message::<sim::RedeliverRequest>(&name, &order)).await.unwrap();
+    assert_eq!(reply.into_inner().ordered, 0, "none is dead any more");
+    let (name, all) = request(3, "simulation.v1.ListDeliveriesRequest");
+    let all: sim::ListDeliveriesRequest = message(&name, &all);
+    assert_eq!(client.list_deliveries(all).await.unwrap().into_inner().deliveries.len(), 2);
 }
 
 /// Headers, keys, signatures and event are what the pages on them say.

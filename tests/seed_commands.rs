@@ -34,11 +34,12 @@ const READY_WITHIN: Duration = Duration::from_secs(30);
 const SOON: Duration = Duration::from_secs(30);
 /// From creation to the notification, by default.
 const DELAY_MS: i64 = 2_000;
-const SERVICES: [&str; 4] = [
+const SERVICES: [&str; 5] = [
     "grpc.health.v1.Health",
     "grpc.reflection.v1.ServerReflection",
     "grpc.reflection.v1alpha.ServerReflection",
     "payment.v1.PaymentService",
+    "simulation.v1.SimulationService",
 ];
 
 // ---- The README's commands ----

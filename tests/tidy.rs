@@ -16,7 +16,8 @@ const ARROWS: &[(&str, &[&str])] = &[
     // Leaves: they know nothing of payments.
     ("chance", &[]),
     ("clock", &[]),
-    ("config", &[]),
+    ("egress", &[]),
+    ("config", &["egress"]),
     ("log_budget", &["clock"]),
     ("metrics", &[]),
     ("telemetry", &["config"]),
@@ -27,7 +28,7 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("slot", &[]),
     // The data's way.
     ("store", &["domain", "clock", "faults"]),
-    ("courier", &["domain", "clock"]),
+    ("courier", &["domain", "clock", "egress"]),
     ("app", &["domain", "store", "clock", "metrics"]),
     ("driver", &["domain", "store", "clock"]),
     ("scheduler", &["domain", "store", "app", "driver", "clock", "metrics", "faults"]),
@@ -72,6 +73,8 @@ const DOMAIN_CRATES: &[&str] = &[
     "jiff",
     "iso_currency",
     "ulid",
+    // A parser alone: it looks up and connects to nothing.
+    "url",
 ];
 
 /// Parts of std that pure code leaves alone.

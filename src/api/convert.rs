@@ -11,7 +11,8 @@ use crate::{
     app::{self, Key, NewPayment},
     domain::{
         card::{Card, CardInput},
-        delivery::{self, Channel, DeliveryState},
+        deliveries::{DeliveryId, Listed},
+        delivery::{self, Channel},
         ids::{Idempotency, KeyHash, PaymentId, RequestHash, StoreSecret},
         money::{AMOUNT_MAX, AMOUNT_MIN, Currency, Money},
         payment::{Cancel, Metadata, Method, Payment, Trace},
@@ -678,42 +679,21 @@ pub fn cancelled(
 
 /// A payment's deliveries, oldest notification first.
 pub fn deliveries(payment: &Payment) -> Vec<pb::Delivery> {
-    let notifications = &payment.progress.notifications;
-    let both = notifications.iter().flat_map(|notification| {
-        Channel::ALL.into_iter().filter_map(move |channel| {
-            notification.delivery(channel).map(|delivery| (notification, channel, delivery))
-        })
-    });
-    both.map(|(notification, channel, delivery)| {
-        let held = delivery::is_held(notifications, notification.n, channel);
-        wire_delivery(payment, notification, channel, delivery, held)
-    })
-    .collect()
+    payment.deliveries().map(|listed| delivery(payment, &listed)).collect()
 }
 
-fn wire_delivery(
-    payment: &Payment,
-    notification: &delivery::Notification,
-    channel: Channel,
-    delivery: &delivery::Delivery,
-    held: bool,
-) -> pb::Delivery {
+pub fn delivery(payment: &Payment, listed: &Listed<'_>) -> pb::Delivery {
+    let Listed { notification, channel, delivery, standing } = *listed;
     let terms = &payment.terms;
-    let state = match (&delivery.state, held) {
-        (DeliveryState::Owed { .. }, false) | (DeliveryState::Redelivery { .. }, _) => "OWED",
-        (DeliveryState::Owed { .. }, true) => "HELD",
-        (DeliveryState::Delivered { .. }, _) => "DELIVERED",
-        (DeliveryState::Dead { .. } | DeliveryState::DeadLettered { .. }, _) => "DEAD",
-    };
     let url = match channel {
         Channel::Event | Channel::DeadLetter => String::new(),
         Channel::Webhook => terms.webhook_url.clone().unwrap_or_default(),
     };
     pb::Delivery {
-        delivery_id: terms.id.delivery(notification.n, channel.as_str()),
+        delivery_id: DeliveryId { payment: terms.id, no: listed.no() }.to_string(),
         channel: channel.as_str().to_owned(),
         event_type: notification.topic.event_type().to_owned(),
-        state: state.to_owned(),
+        state: standing.as_str().to_owned(),
         url,
         due_at: delivery.due().map(wire_time),
         attempts: delivery.attempts.iter().map(wire_attempt).collect(),

@@ -61,6 +61,7 @@ pub enum Reason {
     Deadline,
     Malformed,
     MessageTooLarge,
+    TokenRequired,
     /// A bug of ours.
     Internal,
 }
@@ -75,7 +76,7 @@ struct Row {
 
 impl Reason {
     /// Every reason, in the table's order.
-    pub const ALL: [Self; 15] = [
+    pub const ALL: [Self; 16] = [
         Self::ValidationFailed,
         Self::PaymentNotFound,
         Self::IdempotencyConflict,
@@ -90,6 +91,7 @@ impl Reason {
         Self::Deadline,
         Self::Malformed,
         Self::MessageTooLarge,
+        Self::TokenRequired,
         Self::Internal,
     ];
 
@@ -116,6 +118,7 @@ impl Reason {
             Self::Deadline => row("DEADLINE", Code::DeadlineExceeded, None),
             Self::Malformed => row("MALFORMED", Code::InvalidArgument, None),
             Self::MessageTooLarge => row("MESSAGE_TOO_LARGE", Code::ResourceExhausted, None),
+            Self::TokenRequired => row("TOKEN_REQUIRED", Code::Unauthenticated, None),
             Self::Internal => row("INTERNAL", Code::Internal, None),
         }
     }
@@ -284,6 +287,7 @@ mod tests {
                 ("DEADLINE", Code::DeadlineExceeded, false),
                 ("MALFORMED", Code::InvalidArgument, false),
                 ("MESSAGE_TOO_LARGE", Code::ResourceExhausted, false),
+                ("TOKEN_REQUIRED", Code::Unauthenticated, false),
                 ("INTERNAL", Code::Internal, false),
             ]
         );

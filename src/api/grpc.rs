@@ -2,7 +2,6 @@
 
 use std::sync::{Arc, OnceLock};
 
-use base64::{Engine, engine::general_purpose::URL_SAFE_NO_PAD};
 use prost::Message;
 use serde::{Deserialize, Serialize};
 use tokio::sync::Semaphore;
@@ -11,6 +10,7 @@ use tonic::{Extensions, Request, Response, Status, metadata::MetadataValue};
 
 use super::{
     convert,
+    cursor::{self, Filters},
     error::{Failure, Reason},
     pb::{
         common::v1 as common,
@@ -36,7 +36,7 @@ const PAGE_SIZE_MAX: u32 = 100;
 /// `page` × `page_size`: to get further, follow the cursor.
 const PAGED_MAX: u32 = 10_000;
 /// A page ends before its reply is larger than this: half of what a reply may be.
-const PAGE_BYTES: usize = 512 << 10;
+pub const PAGE_BYTES: usize = 512 << 10;
 
 /// The service, to be cloned into every connection.
 #[derive(Clone)]
@@ -198,7 +198,7 @@ impl PaymentService for Payments {
             Answer::Cancelled { at } | Answer::Simulated { at, .. } => {
                 convert::cancelled(payment, at, None)
             }
-            Answer::Woken | Answer::Decided | Answer::Held => {
+            Answer::Woken | Answer::Decided | Answer::Held | Answer::Redelivered { .. } => {
                 convert::cancelled(payment, payment.progress.updated_at, None)
             }
         };
@@ -240,7 +240,8 @@ impl PaymentService for Payments {
                 | Answer::Decided
                 | Answer::Held
                 | Answer::Cancelled { .. }
-                | Answer::Refunded { .. } => payment.progress.notified,
+                | Answer::Refunded { .. }
+                | Answer::Redelivered { .. } => payment.progress.notified,
             };
             pb::SimulateWebhookResponse {
                 webhook_sent: true,
@@ -306,7 +307,7 @@ fn replayed<R: Message + Default>(bytes: &[u8]) -> Result<Response<R>, Status> {
 }
 
 /// Every error of the app, as callers see it.
-fn failure(error: app::Error) -> Failure {
+pub fn failure(error: app::Error) -> Failure {
     let text = error.to_string();
     match error {
         app::Error::NotFound => Failure::new(Reason::PaymentNotFound, text),
@@ -336,31 +337,18 @@ fn failure(error: app::Error) -> Failure {
 /// A list as it was asked for.
 struct Listing {
     query: ListQuery,
-    filters: [u8; 8],
+    filters: Filters,
     page: u32,
     cursor: Option<Cursor>,
 }
 
-/// Where a page ends, and which list it belongs to. Opaque to callers.
+/// Where a page ends, and which list it belongs to.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 struct Cursor {
-    filters: [u8; 8],
+    filters: Filters,
     beyond: PaymentId,
     newer: bool,
     counted: u32,
-}
-
-impl Cursor {
-    fn write(&self) -> String {
-        let bytes = postcard::to_stdvec(self).expect("a cursor is of fixed size");
-        URL_SAFE_NO_PAD.encode(bytes)
-    }
-
-    fn read(text: &str) -> Option<Self> {
-        let bytes = URL_SAFE_NO_PAD.decode(text).ok()?;
-        let (cursor, rest) = postcard::take_from_bytes(&bytes).ok()?;
-        rest.is_empty().then_some(cursor)
-    }
 }
 
 impl Listing {
@@ -368,9 +356,10 @@ impl Listing {
         let mut found = Violations::default();
         let filters = filters(&message);
         let pagination = message.pagination.unwrap_or_default();
-        let size = page_size(pagination.page_size, &mut found);
+        let size = page_size("pagination.page_size", pagination.page_size, &mut found);
         let page = page_number(&pagination, size, &mut found);
-        let cursor = (!pagination.cursor.is_empty()).then(|| Cursor::read(&pagination.cursor));
+        let cursor =
+            (!pagination.cursor.is_empty()).then(|| cursor::read::<Cursor>(&pagination.cursor));
         match &cursor {
             Some(Some(cursor)) if cursor.filters == filters => {}
             Some(Some(_)) => found.add("pagination.cursor", "belongs to a list with other filters"),
@@ -404,8 +393,9 @@ impl Listing {
         let newer = self.query.direction == Direction::Newer;
         let counted = self.cursor.as_ref().map_or(page.counted, |cursor| cursor.counted);
         let (payments, cut_at) = fit(page.payments, newer);
-        let cursor =
-            |beyond, newer| Cursor { filters: self.filters, beyond, newer, counted }.write();
+        let cursor = |beyond, newer| {
+            cursor::write(&Cursor { filters: self.filters, beyond, newer, counted })
+        };
         let first = payments.first().map(|stored| stored.payment.terms.id);
         let last = payments.last().map(|stored| stored.payment.terms.id);
         let more = cut_at.or(page.more_beyond);
@@ -456,19 +446,17 @@ fn fit(mut payments: Vec<Versioned>, newer: bool) -> (Vec<Versioned>, Option<Pay
 }
 
 /// What a cursor must agree with: everything but where the page is.
-fn filters(message: &pb::ListPaymentsRequest) -> [u8; 8] {
-    use sha2::{Digest, Sha256};
+fn filters(message: &pb::ListPaymentsRequest) -> Filters {
     let bare = pb::ListPaymentsRequest { pagination: None, ..message.clone() };
-    let digest = Sha256::digest(bare.encode_to_vec());
-    digest[..8].try_into().expect("8 of 32 bytes")
+    cursor::filters("payments", &bare)
 }
 
-fn page_size(asked: i32, found: &mut Violations) -> u32 {
+pub fn page_size(field: &str, asked: i32, found: &mut Violations) -> u32 {
     match u32::try_from(asked) {
         Ok(0) => PAGE_SIZE,
         Ok(size) if size <= PAGE_SIZE_MAX => size,
         Ok(_) | Err(_) => {
-            found.add("pagination.page_size", format!("must be 0 to {PAGE_SIZE_MAX}"));
+            found.add(field, format!("must be 0 to {PAGE_SIZE_MAX}"));
             PAGE_SIZE
         }
     }
@@ -485,24 +473,6 @@ fn page_number(pagination: &common::Pagination, size: u32, found: &mut Violation
             let allowed = format!("must be 0 or more, and page × page_size at most {PAGED_MAX}");
             found.add("pagination.page", allowed);
             1
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::domain::time::Timestamp;
-
-    #[test]
-    fn a_cursor_comes_back_as_it_was_and_nothing_else_does() {
-        let beyond = PaymentId::from_parts(Timestamp::from_ms(5), 6);
-        let cursor = Cursor { filters: [1; 8], beyond, newer: true, counted: 77 };
-        let text = cursor.write();
-        let read = Cursor::read(&text).unwrap();
-        assert_eq!((read.beyond, read.newer, read.counted), (beyond, true, 77));
-        for wrong in ["", "x", "!!", &text[1..], &format!("{text}AAAA")] {
-            assert!(Cursor::read(wrong).is_none(), "{wrong}");
         }
     }
 }

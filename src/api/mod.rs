@@ -2,14 +2,20 @@
 
 pub mod codec;
 pub mod convert;
+mod cursor;
 pub mod error;
 pub mod grpc;
+pub mod simulation;
+pub mod token;
 
-use tonic::service::Routes;
+use tonic::service::{Routes, interceptor::InterceptedService};
 use tonic_health::pb::health_server::{Health, HealthServer};
 use tonic_reflection::server::Builder;
 
 use pb::payment::v1::payment_service_server::{PaymentService, PaymentServiceServer};
+use pb::simulation::v1::simulation_service_server::SimulationServiceServer;
+use simulation::Simulation;
+use token::Guard;
 
 /// Largest request, in bytes: the largest valid one (50 tags, 4 KiB of echo) is half of it.
 pub const MAX_REQUEST_BYTES: usize = 64 * 1024;
@@ -27,17 +33,32 @@ pub fn payment_server<T: PaymentService>(payments: T) -> PaymentServiceServer<T>
         .max_encoding_message_size(MAX_REPLY_BYTES)
 }
 
-/// What is served beside payments: health, and reflection in both its versions.
+/// The simulation service within its message limits, behind its guard.
+pub type SimulationServer = InterceptedService<SimulationServiceServer<Simulation>, Guard>;
+
+pub fn simulation_server(simulation: Simulation, guard: Guard) -> SimulationServer {
+    let server = SimulationServiceServer::new(simulation)
+        .max_decoding_message_size(MAX_REQUEST_BYTES)
+        .max_encoding_message_size(MAX_REPLY_BYTES);
+    InterceptedService::new(server, guard)
+}
+
+/// What is served beside payments: health, reflection in both its versions, and the simulation service
+/// where it is on; elsewhere its calls are unknown.
 ///
 /// # Panics
 /// When the descriptors that were compiled in do not parse, which every test of this would see.
-pub fn routes<H: Health>(health: HealthServer<H>) -> Routes {
+pub fn routes<H: Health>(health: HealthServer<H>, simulation: Option<SimulationServer>) -> Routes {
     let health = health.max_decoding_message_size(MAX_REQUEST_BYTES);
     let v1 = reflection().build_v1().expect("compiled-in descriptors parse");
     let v1alpha = reflection().build_v1alpha().expect("compiled-in descriptors parse");
-    Routes::new(health)
+    let routes = Routes::new(health)
         .add_service(v1.max_decoding_message_size(MAX_REQUEST_BYTES))
-        .add_service(v1alpha.max_decoding_message_size(MAX_REQUEST_BYTES))
+        .add_service(v1alpha.max_decoding_message_size(MAX_REQUEST_BYTES));
+    match simulation {
+        Some(simulation) => routes.add_service(simulation),
+        None => routes,
+    }
 }
 
 /// google.rpc is no service of ours, but tools resolve error details through it.
@@ -64,6 +85,11 @@ pub mod pb {
     pub mod payment {
         pub mod v1 {
             tonic::include_proto!("payment.v1");
+        }
+    }
+    pub mod simulation {
+        pub mod v1 {
+            tonic::include_proto!("simulation.v1");
         }
     }
 }

@@ -3,7 +3,7 @@
 
 use std::fmt::Write as _;
 
-use super::value::{ApiStyle, EventSink, Kind, LogLevel, Scenario, Stage, StartupCheck};
+use super::value::{ApiStyle, EventSink, Kind, LogLevel, Scenario, Stage, StartupCheck, Switch};
 
 /// One setting, as an operator sees it.
 #[derive(Debug)]
@@ -213,7 +213,7 @@ const fn row(
     default: DefaultValue,
     help: &'static str,
 ) -> Setting {
-    let (secret, of) = (matches!(kind, Kind::Secrets), &[Binary::PaymentSim]);
+    let (secret, of) = (matches!(kind, Kind::Secrets | Kind::Token), &[Binary::PaymentSim]);
     Setting { name, section, kind, default, help, secret, of }
 }
 
@@ -263,6 +263,10 @@ pub static SETTINGS: &[Setting] = &[
         "Share of random payments that complete."),
     row(SIMULATION, "SIMULATION_SEED", Kind::Whole { min: 0, max: u64::MAX }, Fixed("0"),
         "Seed of every draw; the same seed and requests give the same fates."),
+    row(SIMULATION, "SIMULATION_API", Kind::Choice(Switch::NAMES), ByStage { development: "on", production: "off" },
+        "Whether simulation.v1.SimulationService is served."),
+    row(SIMULATION, "SIMULATION_TOKEN", Kind::Token, Unset,
+        "Callers of that API must send it as authorization: Bearer; must be set where it is on in production. Rather in the environment than as a flag, which every user of the machine can read."),
 
     row(WEBHOOKS, "WEBHOOK_SECRET", Kind::Secrets, DevelopmentOnly("payment-sim-dev-secret"),
         "Signs webhooks; several for rotation. Rather in the environment than as a flag, which every user of the machine can read."),
@@ -282,6 +286,10 @@ pub static SETTINGS: &[Setting] = &[
         "Attempts a second to one origin at most; 0: no limit."),
     row(WEBHOOKS, "PAYMENT_WEBHOOK_DLQ_URL", Kind::Url { max_chars: MAX_URL_CHARS }, Unset,
         "SQS queue that gets the webhooks that were given up."),
+    row(WEBHOOKS, "WEBHOOK_ALLOW_CIDRS", Kind::Networks, ByStage { development: "127.0.0.0/8,::1", production: "none" },
+        "Private networks that webhooks may connect to; the internet needs no entry."),
+    row(WEBHOOKS, "WEBHOOK_ALLOW_HOSTS", Kind::Hosts, Fixed("none"),
+        "Host names that may resolve to private addresses."),
 
     row(EVENTS, "EVENT_SINK", Kind::Choice(EventSink::NAMES), ByStage { development: "log", production: "eventbridge" },
         "Where events go; log writes one JSON line each to stdout."),

@@ -95,6 +95,9 @@ fn the_defaults_are_the_contracts() {
     assert_eq!(c.webhook.origin_concurrency, 64);
     assert_eq!(c.webhook.concurrency, 1_024);
     assert_eq!(c.webhook.dlq_url, None);
+    let loopback = egress::AllowedNetworks::parse("127.0.0.0/8,::1/128").unwrap();
+    let hosts = egress::AllowedHosts::default();
+    assert_eq!(c.webhook.egress, egress::Policy { networks: loopback, hosts });
     assert_eq!(c.events.sink, EventSink::Log);
     assert_eq!(c.events.startup_check, StartupCheck::Warn);
     assert_eq!(c.events.queue_url, None);
@@ -112,6 +115,7 @@ fn production_has_defaults_of_its_own() {
     assert_eq!(c.drain_delay, Duration::from_secs(5));
     assert_eq!(c.events.sink, EventSink::EventBridge);
     assert_eq!(c.log_level, LogLevel::Info);
+    assert_eq!(c.webhook.egress, egress::Policy::default());
 }
 
 #[test]
@@ -289,6 +293,8 @@ const BOUNDS: &[Bounds] = &[
     ("MANUAL_TTL_MS", &["1", "604800000"], &["0", "604800001"]),
     ("RANDOM_APPROVAL_RATE", &["0", "1", "0.5"], &["-0.1", "1.1", "inf", "80%"]),
     ("SIMULATION_SEED", &["0", "18446744073709551615"], &["-1", "18446744073709551616"]),
+    ("SIMULATION_API", &["on", "off"], &["true", "1", "ON"]),
+    ("SIMULATION_TOKEN", &["t", "a-b.c_d~e+f/g=", "a,b"], &["a b", "a\tb", "t\u{e9}"]),
     ("WEBHOOK_TIMEOUT_MS", &["1", "60000"], &["0", "60001"]),
     ("WEBHOOK_MAX_ATTEMPTS", &["1", "100"], &["0", "101"]),
     ("WEBHOOK_BACKOFF_BASE_MS", &["1", "3600000"], &["0", "3600001"]),
@@ -299,6 +305,16 @@ const BOUNDS: &[Bounds] = &[
     ("EVENT_STARTUP_CHECK", &["warn", "require", "off"], &["error", "true"]),
     ("PAYMENT_WEBHOOK_QUEUE_URL", &["https://sqs.x.amazonaws.com/123/q"], &["arn:aws:sqs:x:1:q"]),
     ("PAYMENT_WEBHOOK_DLQ_URL", &["http://127.0.0.1:5555/123/q"], &["q", "https://u:p@x/123/q"]),
+    (
+        "WEBHOOK_ALLOW_CIDRS",
+        &["none", "10.0.0.0/8", "10.1.2.3, fd12::/48"],
+        &["10.0.0.1/8", "169.254.169.254", "0.0.0.0/0", "localhost", "10.0.0.0/8,,"],
+    ),
+    (
+        "WEBHOOK_ALLOW_HOSTS",
+        &["none", "reservation-api", "a.example,*.b.example"],
+        &["10.0.0.1", "a:80", "*", "http://a", "a,,b"],
+    ),
     ("EVENT_BUS_NAME", &["b", "arn:aws:events:x:1:event-bus/b"], &["two words", "b\u{e9}"]),
     ("PAYMENT_EVENT_SOURCE", &["a.b"], &["a b"]),
     ("WORKER_PORT", &["1", "65535"], &["0", "65536"]),
@@ -357,6 +373,20 @@ fn the_sqs_sink_needs_its_queue() {
 }
 
 #[test]
+fn a_bad_entry_of_a_list_is_named_unless_it_may_hold_a_password() {
+    let told = |name, value| bad(&[], [(name, value)])[0].to_string();
+    let networks = told("WEBHOOK_ALLOW_CIDRS", "10.0.0.0/8,169.254.169.254/32");
+    assert!(
+        networks.contains("(169.254.169.254/32 reaches 169.254.0.0/16, which is always"),
+        "{networks}"
+    );
+    let hosts = told("WEBHOOK_ALLOW_HOSTS", "a,10.0.0.1");
+    assert!(hosts.contains("(10.0.0.1 is an address"), "{hosts}");
+    let hidden = told("WEBHOOK_ALLOW_HOSTS", "user:hunter2@host");
+    assert!(hidden.contains("(value not shown)") && !hidden.contains("hunter2"), "{hidden}");
+}
+
+#[test]
 fn secrets_are_a_list_newest_first_with_spaces_cut() {
     let c = config(&[], [("WEBHOOK_SECRET", " new , of last year,whsec_c2VjcmV0 ")]);
     let secrets: Vec<_> = c.webhook.secrets.iter().collect();
@@ -366,7 +396,12 @@ fn secrets_are_a_list_newest_first_with_spaces_cut() {
 
 #[test]
 fn production_refuses_the_default_secret_wherever_it_stands() {
-    for secret in ["payment-sim-dev-secret", "new, payment-sim-dev-secret"] {
+    for secret in [
+        "payment-sim-dev-secret",
+        "new, payment-sim-dev-secret",
+        "whsec_cGF5bWVudC1zaW0tZGV2LXNlY3JldA==",
+        "new,  whsec_cGF5bWVudC1zaW0tZGV2LXNlY3JldA== ,old",
+    ] {
         let found = bad(&[], [("ENVIRONMENT", "production"), ("WEBHOOK_SECRET", secret)]);
         assert_eq!(found[0].name, "WEBHOOK_SECRET");
         assert_eq!(found[0].shown, "(value not shown)");
@@ -395,6 +430,37 @@ fn a_secret_is_never_shown() {
         }
     }
 }
+
+#[test]
+fn the_simulation_api_is_off_in_production_unless_it_has_a_token() {
+    let production = |[api, token]: [(&str, &str); 2]| {
+        let given = [("ENVIRONMENT", "production"), ("WEBHOOK_SECRET", "of our own"), api, token];
+        Environment::from(given)
+    };
+    let none = ("SIMULATION_TOKEN", "");
+    let open = config(&[], []);
+    assert!(open.simulation_api == Switch::On && open.simulation_token.is_none());
+    assert_eq!(config(&[], production([("SIMULATION_API", ""), none])).simulation_api, Switch::Off);
+    let found = bad(&[], production([("SIMULATION_API", "on"), none]));
+    assert_eq!((found.len(), found[0].name), (1, "SIMULATION_TOKEN"));
+    assert!(found[0].allowed.contains("must be set where SIMULATION_API is on"));
+    let guarded = production([("SIMULATION_API", "on"), ("SIMULATION_TOKEN", "hunter2")]);
+    let guarded = config(&[], guarded);
+    assert_eq!(guarded.simulation_token.unwrap().as_str(), "hunter2");
+}
+
+#[test]
+fn the_token_is_never_shown() {
+    const TOKEN: &str = "hunter2";
+    let given = || Environment::from([("SIMULATION_TOKEN", TOKEN)]);
+    assert!(!format!("{:?}", config(&[], given())).contains(TOKEN));
+    let report = told(&["--check-config"], given());
+    let line = report.lines().find(|line| line.starts_with("SIMULATION_TOKEN")).unwrap();
+    assert!(line.contains("(set, not shown)") && !report.contains(TOKEN), "{report}");
+    let found = bad(&["--simulation-token", "hunter2 hunter2"], []);
+    assert!(!Ended::BadValues(found).to_string().contains(TOKEN));
+}
+
 const BASE64_OF_SECRET: &str = "aHVudGVyMg==";
 
 #[test]

@@ -12,7 +12,7 @@ pub const ATTEMPTS_KEPT: usize = 20;
 pub const RETRY_AFTER_MAX: Duration = Duration::from_secs(60 * 60);
 
 /// Where a notification goes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub enum Channel {
     Event,
     Webhook,
@@ -29,6 +29,10 @@ impl Channel {
             Self::Webhook => "webhook",
             Self::DeadLetter => "dead_letter",
         }
+    }
+
+    pub fn parse(text: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|channel| channel.as_str() == text)
     }
 }
 
@@ -204,6 +208,10 @@ impl Delivery {
             | DeliveryState::Redelivery { .. }
             | DeliveryState::Delivered { .. } => None,
         }
+    }
+
+    pub fn is_dead(&self) -> bool {
+        self.death().is_some()
     }
 
     /// Owed once more, with attempts counted anew; `None` where it is owed already.

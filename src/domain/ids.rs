@@ -47,6 +47,11 @@ impl PaymentId {
     pub fn parse(text: &str) -> Option<Self> {
         let body =
             text.strip_prefix(INTENT_PREFIX).or_else(|| text.strip_prefix(PAYMENT_PREFIX))?;
+        Self::parse_bare(body)
+    }
+
+    /// Reads the 26 characters without a prefix.
+    pub fn parse_bare(body: &str) -> Option<Self> {
         let ulid = Ulid::from_string(body).ok()?;
         // Crockford's alphabet has aliases (I for 1, lower case): one payment has one spelling.
         (ulid.to_string() == body).then(|| Self(ulid.to_bytes()))
@@ -71,10 +76,6 @@ impl PaymentId {
 
     pub fn event(&self, n: u32) -> String {
         format!("evt_{self}_{n}")
-    }
-
-    pub fn delivery(&self, n: u32, channel: &str) -> String {
-        format!("dlv_{self}_{n}_{channel}")
     }
 
     pub fn refund(&self, n: usize) -> String {

@@ -1,10 +1,12 @@
 //! Pure code: no async, no clock, no I/O, no logging. Time and chance come in as arguments.
 
 pub mod card;
+pub mod deliveries;
 pub mod delivery;
 pub mod event;
 pub mod ids;
 pub mod money;
+pub mod origin;
 pub mod payment;
 pub mod refund;
 pub mod scenario;

@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{
     card::Card,
+    deliveries::{DeliveryId, DeliveryNo},
     delivery::{self, Attempted, Channel, Delivery, Notification, RetryPolicy, Snapshot, Topic},
     ids::{Idempotency, PaymentId},
     money::Money,
@@ -184,6 +185,10 @@ pub enum Command {
         target: Option<Status>,
         at: Timestamp,
     },
+    /// Sends a delivery that is over once more.
+    Redeliver(DeliveryNo),
+    /// Sends those of these deliveries once more that are dead.
+    RedeliverDead(Vec<DeliveryNo>),
 }
 
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -213,6 +218,10 @@ pub enum Answer {
     Simulated {
         n: u32,
         at: Timestamp,
+    },
+    /// How many deliveries are owed again.
+    Redelivered {
+        ordered: u32,
     },
 }
 
@@ -384,6 +393,11 @@ impl Payment {
             Command::SimulateWebhook { target, at } => {
                 self.simulate_webhook(target, at, now).map(|answer| (answer, true))
             }
+            Command::Redeliver(no) => self.redeliver(no, now).map(|answer| (answer, true)),
+            Command::RedeliverDead(wanted) => {
+                let ordered = self.redeliver_dead(&wanted, now);
+                Ok((Answer::Redelivered { ordered }, ordered > 0))
+            }
         }
     }
 
@@ -535,6 +549,52 @@ impl Payment {
             detail,
         });
         Ok(Answer::Simulated { n, at })
+    }
+
+    fn redeliver(&mut self, no: DeliveryNo, now: Timestamp) -> Result<Answer, Refusal> {
+        if self.delivery(no).is_none() {
+            let why = "names no delivery of its payment, or one that is no longer kept";
+            return Err(Refusal::Invalid(vec![Violation::new("delivery_id", why)]));
+        }
+        if !self.owe_again(no, now) {
+            return Err(self.invalid_state("the delivery is owed already"));
+        }
+        Ok(Answer::Redelivered { ordered: 1 })
+    }
+
+    fn redeliver_dead(&mut self, wanted: &[DeliveryNo], now: Timestamp) -> u32 {
+        let mut ordered = 0;
+        for no in wanted {
+            // Looked at one by one: what is ordered before takes its own dead letter back.
+            if self.delivery(*no).is_some_and(Delivery::is_dead) && self.owe_again(*no, now) {
+                ordered += 1;
+            }
+        }
+        ordered
+    }
+
+    fn delivery(&self, (n, channel): DeliveryNo) -> Option<&Delivery> {
+        self.notification(n)?.delivery(channel)
+    }
+
+    /// False: there is no such delivery, or it is owed already.
+    fn owe_again(&mut self, no: DeliveryNo, now: Timestamp) -> bool {
+        let (n, channel) = no;
+        let mut notifications = self.progress.notifications.iter_mut();
+        let slot =
+            notifications.find(|other| other.n == n).and_then(|found| found.delivery_mut(channel));
+        let Some(slot) = slot else { return false };
+        let Some(owed) = slot.clone().redelivery(now) else { return false };
+        *slot = owed;
+        let id = DeliveryId { payment: self.terms.id, no };
+        self.progress.timeline.push(Entry {
+            at: now,
+            kind: Kind::RedeliveryOrdered,
+            status: self.status(),
+            cause: Cause::Redeliver,
+            detail: detail("delivery_id", id.to_string()),
+        });
+        true
     }
 
     fn decide(&mut self, outcome: Outcome, at: Timestamp, notify_at: Timestamp, cause: Cause) {

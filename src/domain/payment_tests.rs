@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use super::*;
 use crate::domain::{
+    deliveries::Standing,
     delivery::{Attempt, Verdict},
     event,
     money::Currency,
@@ -102,6 +103,7 @@ fn outcome_of(status: Status, command: Command) -> Result<(Status, &'static str)
         Ok(Answer::Cancelled { .. }) => Ok((now, "cancelled")),
         Ok(Answer::Refunded { .. }) => Ok((now, "refunded")),
         Ok(Answer::Simulated { .. }) => Ok((now, "simulated")),
+        Ok(Answer::Redelivered { .. }) => Ok((now, "redelivered")),
         Err(Refusal::InvalidState { .. }) => Err("invalid state"),
         Err(Refusal::RefundExceedsRemaining { .. }) => Err("exceeds"),
         Err(Refusal::NoWebhookUrl | Refusal::Invalid(_)) => Err("invalid"),
@@ -284,6 +286,65 @@ fn simulated_webhooks_change_nothing_and_are_bounded() {
     assert_eq!(body["failure_reason"], serde_json::Value::Null);
 }
 
+fn attempted(payment: &Payment, no: DeliveryNo, verdict: Verdict, now: Timestamp) -> Payment {
+    let error = (verdict != Verdict::Accepted).then(|| "HTTP 500".to_owned());
+    let attempt = Attempt { at: now, http_status: None, latency_ms: 1, error };
+    let policy = RetryPolicy { dead_letters: true, ..policy() };
+    payment.after_attempt(no, Attempted { attempt, verdict }, now, &policy, 0.0).expect("owed")
+}
+
+#[test]
+fn what_is_over_can_be_ordered_again_and_nothing_else_changes() {
+    let webhook = (1, Channel::Webhook);
+    let told = attempted(&payment(Scenario::Approve), (1, Channel::Event), Verdict::Accepted, NOW);
+    for verdict in [Verdict::Accepted, Verdict::Refused] {
+        let mut over = attempted(&told, webhook, verdict.clone(), NOW);
+        for round in 1..=2 {
+            assert_eq!(over.has_dead(), verdict == Verdict::Refused, "round {round}");
+            let later = NOW.plus_ms(round * 100_000);
+            let again = after(over.clone(), &[Command::Redeliver(webhook)], later);
+            assert_eq!(
+                (again.delivery_due(Channel::Webhook), again.is_settled()),
+                (Some(later), false)
+            );
+            assert!(!again.has_dead());
+            assert_eq!(again.progress.version, over.progress.version);
+            assert_eq!(again.progress.updated_at, over.progress.updated_at);
+            let body = |p: &Payment| event::body(&p.terms, p.notification(1).expect("it is kept"));
+            assert_eq!(body(&again), body(&over));
+            let entry = again.progress.timeline.entries().last().expect("an entry");
+            assert_eq!((entry.kind, entry.cause), (Kind::RedeliveryOrdered, Cause::Redeliver));
+            let refused = again.transition(Command::Redeliver(webhook), later);
+            assert!(matches!(refused.answer, Err(Refusal::InvalidState { .. })), "owed already");
+            assert!(refused.changed.is_none());
+            over = attempted(&again, webhook, verdict.clone(), later);
+        }
+    }
+    for unknown in [(2, Channel::Webhook), (1, Channel::DeadLetter)] {
+        let refused = told.transition(Command::Redeliver(unknown), NOW).answer;
+        assert!(matches!(refused, Err(Refusal::Invalid(bad)) if bad[0].field == "delivery_id"));
+    }
+}
+
+#[test]
+fn an_order_for_the_dead_leaves_the_rest_and_takes_their_letters_back() {
+    let (event, webhook, letter) =
+        ((1, Channel::Event), (1, Channel::Webhook), (1, Channel::DeadLetter));
+    let told = attempted(&payment(Scenario::Approve), event, Verdict::Accepted, NOW);
+    let dead = attempted(&told, webhook, Verdict::Refused, NOW);
+    let dead = attempted(&dead, letter, Verdict::Refused, NOW);
+    let all = Command::RedeliverDead(vec![event, webhook, letter, (9, Channel::Event)]);
+    let step = dead.transition(all.clone(), NOW);
+    assert_eq!(step.answer, Ok(Answer::Redelivered { ordered: 1 }), "the letter goes with it");
+    let ordered = step.changed.expect("it changed");
+    assert_eq!(ordered.delivery_due(Channel::Event), None, "what arrived stays as it is");
+    let step = ordered.transition(all, NOW);
+    assert_eq!((step.answer, step.changed), (Ok(Answer::Redelivered { ordered: 0 }), None));
+    let again = after(dead, &[Command::Redeliver(letter)], NOW);
+    assert_eq!(again.delivery_due(Channel::DeadLetter), Some(NOW), "a letter may go by itself");
+    assert!(again.has_dead(), "its webhook is dead all the same");
+}
+
 #[test]
 fn a_body_has_every_key_in_the_contracts_order() {
     let payment = payment(Scenario::Approve);
@@ -320,6 +381,20 @@ mod lives {
             (1_u64..1_200).prop_map(refund),
             (0_u64..3_000)
                 .prop_map(|ms| Command::SimulateWebhook { target: None, at: NOW.plus_ms(ms) }),
+            delivery_no().prop_map(Command::Redeliver),
+            proptest::collection::vec(delivery_no(), 0..6).prop_map(Command::RedeliverDead),
+        ]
+    }
+
+    fn delivery_no() -> impl Strategy<Value = DeliveryNo> {
+        (1_u32..5, proptest::sample::select(Channel::ALL.to_vec()))
+    }
+
+    fn verdict() -> impl Strategy<Value = Verdict> {
+        prop_oneof![
+            Just(Verdict::Accepted),
+            Just(Verdict::Refused),
+            Just(Verdict::Retry { not_before: None }),
         ]
     }
 
@@ -355,6 +430,44 @@ mod lives {
                 payment = next;
             }
             prop_assert!(terminal <= 1, "decided {} times", terminal);
+        }
+
+        #[test]
+        fn order_again_only_what_is_over(
+            scenario in proptest::sample::select(Scenario::ALL.to_vec()),
+            steps in proptest::collection::vec((command(), delivery_no(), verdict()), 1..60),
+        ) {
+            let mut payment = payment(scenario);
+            let mut now = NOW;
+            let standing = |payment: &Payment, no| {
+                payment.deliveries().find(|one| one.no() == no).map(|one| one.standing)
+            };
+            for (command, tried, verdict) in steps {
+                now = now.plus_ms(1_000);
+                if let Some(Standing::Owed) = standing(&payment, tried) {
+                    payment = attempted(&payment, tried, verdict, now);
+                }
+                let dead = payment.deliveries().any(|one| one.standing == Standing::Dead);
+                prop_assert_eq!(payment.has_dead(), dead);
+                let step = payment.transition(command.clone(), now);
+                let next = step.changed.unwrap_or_else(|| payment.clone());
+                if let Command::Redeliver(no) = command {
+                    let was_over = matches!(
+                        standing(&payment, no),
+                        Some(Standing::Delivered | Standing::Dead)
+                    );
+                    prop_assert_eq!(step.answer.is_ok(), was_over);
+                    if was_over {
+                        prop_assert_eq!(standing(&next, no), Some(Standing::Owed));
+                        prop_assert!(!next.is_settled());
+                    }
+                }
+                if let Command::RedeliverDead(wanted) = command {
+                    let left = |no: &&DeliveryNo| standing(&next, **no) == Some(Standing::Dead);
+                    prop_assert_eq!(wanted.iter().find(left), None);
+                }
+                payment = next;
+            }
         }
     }
 }

@@ -24,6 +24,7 @@ pub enum Kind {
     StatusChanged,
     PartiallyRefunded,
     WebhookSimulated,
+    RedeliveryOrdered,
 }
 
 impl Kind {
@@ -33,13 +34,14 @@ impl Kind {
             Self::StatusChanged => "status_changed",
             Self::PartiallyRefunded => "partially_refunded",
             Self::WebhookSimulated => "webhook_simulated",
+            Self::RedeliveryOrdered => "redelivery_ordered",
         }
     }
 
     const fn is_status_change(self) -> bool {
         match self {
             Self::Created | Self::StatusChanged => true,
-            Self::PartiallyRefunded | Self::WebhookSimulated => false,
+            Self::PartiallyRefunded | Self::WebhookSimulated | Self::RedeliveryOrdered => false,
         }
     }
 }
@@ -52,6 +54,7 @@ pub enum Cause {
     ProcessPayment,
     CancelPayment,
     SimulateWebhook,
+    Redeliver,
 }
 
 impl Cause {
@@ -62,6 +65,7 @@ impl Cause {
             Self::ProcessPayment => "ProcessPayment",
             Self::CancelPayment => "CancelPayment",
             Self::SimulateWebhook => "SimulateWebhook",
+            Self::Redeliver => "Redeliver",
         }
     }
 }

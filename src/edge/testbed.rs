@@ -126,7 +126,7 @@ impl Ears {
 pub fn edge(limits: EdgeLimits) -> (Edge<Stub>, Arc<Ears>) {
     let ears = Arc::new(Ears::default());
     let health = HealthService::from_health_reporter(HealthReporter::new());
-    let routes = api::routes(tonic_health::pb::health_server::HealthServer::new(health));
+    let routes = api::routes(tonic_health::pb::health_server::HealthServer::new(health), None);
     (Edge::new(Stub, routes, limits, ears.clone()), ears)
 }
 

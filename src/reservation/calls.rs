@@ -9,8 +9,9 @@ use http::{
     header::{CONTENT_TYPE, USER_AGENT},
 };
 use http_body_util::{BodyExt, Full, Limited};
+use hyper_rustls::{HttpsConnector, HttpsConnectorBuilder};
 use hyper_util::{
-    client::legacy::{self, Client},
+    client::legacy::{self, Client, connect::HttpConnector},
     rt::{TokioExecutor, TokioTimer},
 };
 use serde_json::json;
@@ -19,10 +20,7 @@ use url::Url;
 use super::decision::Action;
 use crate::{
     config::{ApiStyle, ReservationApiConfig},
-    courier::{
-        connect::{self, CONNECT_MAX, Connector},
-        tls,
-    },
+    courier::tls,
 };
 
 /// What is read of a reply, so that its connection can be used again. Only the status counts.
@@ -82,7 +80,7 @@ impl Reservations for LoggedReservations {
 }
 
 pub struct HttpReservations {
-    client: Client<Connector, Full<Bytes>>,
+    client: Client<HttpsConnector<HttpConnector>, Full<Bytes>>,
     base: Url,
     style: ApiStyle,
     timeout: Duration,
@@ -95,7 +93,7 @@ impl HttpReservations {
             .pool_timer(TokioTimer::new())
             .pool_idle_timeout(IDLE_MAX)
             .pool_max_idle_per_host(idle)
-            .build(connect::connector(tls::with_native_roots(), CONNECT_MAX));
+            .build(connector());
         Self { client, base: config.url.clone(), style: config.style, timeout: config.timeout }
     }
 
@@ -121,6 +119,19 @@ impl Reservations for HttpReservations {
             Ok(Ok(status)) => judge(status),
         }
     }
+}
+
+/// http and https, to whatever address the name has: unlike a webhook's URL this one is the operator's.
+fn connector() -> HttpsConnector<HttpConnector> {
+    let mut tcp = HttpConnector::new();
+    tcp.set_nodelay(true);
+    // https goes through it too.
+    tcp.enforce_http(false);
+    HttpsConnectorBuilder::new()
+        .with_tls_config(tls::with_native_roots())
+        .https_or_http()
+        .enable_http1()
+        .wrap_connector(tcp)
 }
 
 fn request(

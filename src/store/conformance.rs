@@ -1,6 +1,10 @@
 //! What every engine under the store must do, run against each of them.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    ops::{Bound, ControlFlow},
+    sync::Arc,
+    time::Duration,
+};
 
 use super::{
     tables::{Batch, Table},
@@ -9,9 +13,11 @@ use super::{
 use crate::{
     clock::ManualClock,
     domain::{
+        deliveries::{DeliveryFilter, Standing},
         delivery::{Attempt, Attempted, Channel, RetryPolicy, Verdict},
         event,
         money::{Currency, Money},
+        origin::origin,
         payment::{Cancel, Command, Method, Terms, Trace},
         scenario::{DrawKey, Plan, Scenario, Settings},
         status::Status,
@@ -134,10 +140,26 @@ impl Bed {
 
     /// Marks the payment's webhook delivered.
     async fn deliver(&self, payment: &Payment) {
+        self.attempted(payment, Verdict::Accepted).await;
+    }
+
+    /// Marks the payment's webhook dead.
+    async fn give_up(&self, payment: &Payment) {
+        self.attempted(payment, Verdict::Refused).await;
+    }
+
+    async fn order_again(&self, payment: &Payment) {
+        let before = self.get(payment).await.unwrap();
+        let order = Command::Redeliver((1, Channel::Webhook));
+        let after = before.payment.transition(order, self.now()).changed.unwrap();
+        self.update(before, after).await.unwrap();
+    }
+
+    async fn attempted(&self, payment: &Payment, verdict: Verdict) {
         let before = self.get(payment).await.unwrap();
         let attempt =
             Attempt { at: self.now(), http_status: Some(200), latency_ms: 1, error: None };
-        let done = Attempted { attempt, verdict: Verdict::Accepted };
+        let done = Attempted { attempt, verdict };
         let policy = RetryPolicy {
             max_attempts: None,
             backoff_base: DAY,
@@ -163,6 +185,17 @@ impl Bed {
     async fn page(&self, query: ListQuery) -> Page {
         self.store().list(query).await.unwrap()
     }
+
+    /// The payments of the deliveries that a filter finds.
+    async fn found(&self, filter: DeliveryFilter) -> Vec<PaymentId> {
+        let query = DeliveryQuery { filter, beyond: None, limit: 100 };
+        let page = self.store().deliveries(query).await.unwrap();
+        page.found.iter().map(|found| found.payment.terms.id).collect()
+    }
+}
+
+fn any_delivery() -> DeliveryFilter {
+    DeliveryFilter::default()
 }
 
 fn any() -> ListQuery {
@@ -203,6 +236,8 @@ on_every_engine![
     draws_count_from_zero_without_gaps,
     a_counter_goes_with_the_last_payment_of_its_reservation,
     settled_payments_go_after_their_time,
+    dead_deliveries_are_found_without_reading_the_rest,
+    deliveries_are_listed_page_by_page,
 ];
 
 async fn a_payment_comes_back_as_it_was_stored(bed: Bed) {
@@ -441,6 +476,93 @@ async fn settled_payments_go_after_their_time(bed: Bed) {
     let by_user = ListQuery { user: Some("user-1".into()), ..any() };
     assert!(bed.page(by_user).await.payments.is_empty());
     assert_eq!(bed.store().payments(), 1);
+}
+
+/// The payments in the `Dead` table, which nothing outside the store sees.
+fn rows_of_dead(bed: &Bed) -> Vec<PaymentId> {
+    let mut ids = Vec::new();
+    let all = tables::Span::forwards(Bound::Unbounded, Bound::Unbounded);
+    let store = bed.store();
+    let scanned = store.shared().tables.scan(tables::Table::Dead, all, &mut |key, _| {
+        ids.push(record::id(key).unwrap());
+        ControlFlow::Continue(())
+    });
+    scanned.unwrap();
+    ids
+}
+
+async fn dead_deliveries_are_found_without_reading_the_rest(mut bed: Bed) {
+    let mut all = Vec::new();
+    for n in 0..4 {
+        all.push(bed.payment(n, Scenario::Approve, None));
+        bed.create(&all[all.len() - 1]).await.unwrap();
+        bed.clock.advance(Duration::from_millis(1));
+    }
+    bed.clock.advance(Duration::from_secs(2));
+    bed.deliver(&all[0]).await;
+    for payment in &all[1..3] {
+        bed.give_up(payment).await;
+    }
+    let dead =
+        |id| DeliveryFilter { standing: Some(Standing::Dead), payment: id, ..any_delivery() };
+    assert_eq!(bed.found(dead(None)).await, [all[2].terms.id, all[1].terms.id]);
+    assert_eq!(rows_of_dead(&bed), [all[1].terms.id, all[2].terms.id]);
+    if bed.folder.is_some() {
+        bed.reopen().await;
+    }
+    bed.order_again(&all[2]).await;
+    assert_eq!(bed.found(dead(None)).await, [all[1].terms.id]);
+    assert_eq!(bed.found(dead(Some(all[1].terms.id))).await, [all[1].terms.id]);
+    assert_eq!(bed.found(dead(Some(all[2].terms.id))).await, []);
+    bed.give_up(&all[2]).await;
+    assert_eq!(rows_of_dead(&bed), [all[1].terms.id, all[2].terms.id]);
+    bed.order_again(&all[1]).await;
+    bed.clock.advance(DAY);
+    let store = Arc::clone(bed.store());
+    tokio::task::spawn_blocking(move || store.upkeep()).await.unwrap();
+    assert!(bed.get(&all[1]).await.is_some(), "it owes something again");
+    assert!(bed.get(&all[2]).await.is_none());
+    assert_eq!(rows_of_dead(&bed), [], "they go with their payments");
+}
+
+async fn deliveries_are_listed_page_by_page(bed: Bed) {
+    let mut wanted = Vec::new();
+    for n in 0..5 {
+        let payment = bed.payment(n, Scenario::Approve, None);
+        bed.create(&payment).await.unwrap();
+        for _ in 0..n {
+            let before = bed.get(&payment).await.unwrap();
+            let order = Command::SimulateWebhook { target: None, at: bed.now() };
+            let after = before.payment.transition(order, bed.now()).changed.unwrap();
+            bed.update(before, after).await.unwrap();
+        }
+        let webhooks = (1..=u32::try_from(n).unwrap() + 1).map(|n| (n, Channel::Webhook));
+        wanted.splice(0..0, webhooks.map(|no| (payment.terms.id, no)));
+        bed.clock.advance(Duration::from_millis(1));
+    }
+    for limit in [1, 2, 3, 7, 15, 100] {
+        let (mut seen, mut beyond) = (Vec::new(), None);
+        loop {
+            let query = DeliveryQuery { filter: any_delivery(), beyond, limit };
+            let page = bed.store().deliveries(query).await.unwrap();
+            assert!(page.found.len() <= limit);
+            seen.extend(page.found.iter().map(|found| (found.payment.terms.id, found.no)));
+            match page.more_beyond {
+                Some(at) => beyond = Some(at),
+                None => break,
+            }
+        }
+        assert_eq!(seen, wanted, "{limit} at a time");
+    }
+    let one = wanted[0].0;
+    let beyond = Some(Reached { payment: one, delivery: None });
+    let filter = DeliveryFilter { payment: Some(one), ..any_delivery() };
+    let page = bed.store().deliveries(DeliveryQuery { filter, beyond, limit: 9 }).await.unwrap();
+    assert!(page.found.is_empty() && page.more_beyond.is_none());
+    let there = origin("http://127.0.0.1:9");
+    let to = |origin| DeliveryFilter { origin, ..any_delivery() };
+    assert_eq!(bed.found(to(there)).await.len(), wanted.len());
+    assert!(bed.found(to(origin("http://127.0.0.1"))).await.is_empty());
 }
 
 #[tokio::test]

@@ -94,7 +94,9 @@ fn options(table: Table) -> KeyspaceCreateOptions {
             options.max_memtable_size(PAYMENTS_BYTES).filter_policy(FilterPolicy::disabled())
         }
         // Only walked through.
-        Table::Index | Table::Lapse | Table::Due => options.filter_policy(FilterPolicy::disabled()),
+        Table::Index | Table::Lapse | Table::Due | Table::Dead => {
+            options.filter_policy(FilterPolicy::disabled())
+        }
         Table::State | Table::Counter | Table::Meta => options,
     }
 }

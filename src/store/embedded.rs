@@ -14,8 +14,8 @@ use async_trait::async_trait;
 use tokio::sync::{Notify, Semaphore, mpsc, oneshot, watch};
 
 use super::{
-    Backlog, Commit, Committed, Health, Lease, ListQuery, OnCommit, OpenError, Page, Remembered,
-    Store, StoreError, Versioned, Work,
+    Backlog, Commit, Committed, DeliveryPage, DeliveryQuery, Health, Lease, ListQuery, OnCommit,
+    OpenError, Page, Remembered, Store, StoreError, Versioned, Work,
     book::{Book, Releases},
     draws::{Counters, Draw},
     janitor::Janitor,
@@ -204,6 +204,21 @@ impl Embedded {
             mpsc::error::TrySendError::Closed(_) => StoreError::Unavailable,
         })
     }
+
+    /// A page reads up to 10,000 payments: not on a thread that serves requests.
+    async fn read_page<P: Send + 'static>(
+        &self,
+        read: impl FnOnce(&Shared) -> Result<P, StoreError> + Send + 'static,
+    ) -> Result<P, StoreError> {
+        let shared = Arc::clone(&self.shared);
+        // Held by the thread: it goes on reading when nobody waits for it any more.
+        let turn = Arc::clone(&self.lists).acquire_owned().await;
+        let turn = turn.map_err(|_closed| StoreError::Unavailable)?;
+        tokio::task::spawn_blocking(move || (read(&shared), turn))
+            .await
+            .map(|(page, _turn)| page)
+            .unwrap_or(Err(StoreError::Unavailable))
+    }
 }
 
 #[async_trait]
@@ -239,15 +254,11 @@ impl Store for Embedded {
     }
 
     async fn list(&self, query: ListQuery) -> Result<Page, StoreError> {
-        let shared = Arc::clone(&self.shared);
-        // Held by the thread: it goes on reading when nobody waits for it any more.
-        let turn = Arc::clone(&self.lists).acquire_owned().await;
-        let turn = turn.map_err(|_closed| StoreError::Unavailable)?;
-        // A page reads up to 10,000 payments: not on a thread that serves requests.
-        tokio::task::spawn_blocking(move || (lists::list(&shared, &query), turn))
-            .await
-            .map(|(page, _turn)| page)
-            .unwrap_or(Err(StoreError::Unavailable))
+        self.read_page(move |shared| lists::list(shared, &query)).await
+    }
+
+    async fn deliveries(&self, query: DeliveryQuery) -> Result<DeliveryPage, StoreError> {
+        self.read_page(move |shared| lists::deliveries(shared, &query)).await
     }
 
     async fn draw_number(&self, reservation: &str) -> Result<Draw, StoreError> {

@@ -1,14 +1,26 @@
 //! Pages of payments: ids are time-ordered, so newest first is a walk backwards; users and
-//! reservations have an index, everything else is a filter while reading.
+//! reservations have an index, everything else is a filter while reading. And pages of deliveries, in
+//! the order of their payments; payments with dead ones have a table.
 
-use std::ops::{Bound, ControlFlow};
+use std::{
+    ops::{Bound, ControlFlow},
+    sync::Arc,
+};
+
+use serde::{Deserialize, Serialize};
 
 use super::{
     StoreError, Versioned, record,
     shared::Shared,
     tables::{Span, Table},
 };
-use crate::domain::{ids::PaymentId, payment::Payment, status::Status, time::Timestamp};
+use crate::domain::{
+    deliveries::{DeliveryFilter, DeliveryNo, Standing},
+    ids::PaymentId,
+    payment::Payment,
+    status::Status,
+    time::Timestamp,
+};
 
 /// Every page looks at so many payments at the most, whatever the filter.
 pub const EXAMINED_MAX: usize = 10_000;
@@ -150,19 +162,6 @@ fn next_ids(
         (None, Some(user)) => Some(shared.user_name(user)),
         (None, None) => None,
     };
-    let mut ids = Vec::new();
-    let mut problem = None;
-    let mut collect = |id: Result<PaymentId, StoreError>| {
-        match id {
-            Ok(id) => ids.push(id),
-            Err(error) => problem = Some(error),
-        }
-        if ids.len() == CHUNK || problem.is_some() {
-            ControlFlow::Break(())
-        } else {
-            ControlFlow::Continue(())
-        }
-    };
     match name {
         // Keys of the index run from the newest to the oldest.
         Some(name) => {
@@ -171,19 +170,136 @@ fn next_ids(
                 bound => bound.map(|id| record::index_key(name, id)),
             };
             let span = Span { from: key(newest, 0), to: key(oldest, 0xff), backwards: !older };
-            shared.scan(Table::Index, span, &mut |key, _| collect(record::read_index_id(key)))?;
+            ids_in(shared, Table::Index, span, record::read_index_id)
         }
         None => {
             let key = |bound: Bound<PaymentId>| bound.map(|id| id.bytes().to_vec());
             let span = Span { from: key(oldest), to: key(newest), backwards: older };
-            shared.scan(Table::Payment, span, &mut |key, _| collect(record::id(key)))?;
+            ids_in(shared, Table::Payment, span, record::id)
         }
     }
+}
+
+/// The first ids of a span, and whether there are no others.
+fn ids_in(
+    shared: &Shared,
+    table: Table,
+    span: Span,
+    read: fn(&[u8]) -> Result<PaymentId, StoreError>,
+) -> Result<(Vec<PaymentId>, bool), StoreError> {
+    let mut ids = Vec::new();
+    let mut problem = None;
+    shared.scan(table, span, &mut |key, _| {
+        match read(key) {
+            Ok(id) => ids.push(id),
+            Err(error) => problem = Some(error),
+        }
+        if ids.len() == CHUNK || problem.is_some() {
+            ControlFlow::Break(())
+        } else {
+            ControlFlow::Continue(())
+        }
+    })?;
     match problem {
         Some(error) => Err(error),
         None => {
             let ended = ids.len() < CHUNK;
             Ok((ids, ended))
         }
+    }
+}
+
+#[derive(Clone, Debug)]
+pub struct DeliveryQuery {
+    pub filter: DeliveryFilter,
+    /// From the newest payment when absent.
+    pub beyond: Option<Reached>,
+    pub limit: usize,
+}
+
+/// How far a walk over deliveries has come: newest payment first, and of each its oldest notification.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Reached {
+    pub payment: PaymentId,
+    /// The last that was seen of the payment's; `None`: all of them were.
+    pub delivery: Option<DeliveryNo>,
+}
+
+/// One delivery that a query asked for.
+#[derive(Clone, Debug)]
+pub struct Found {
+    pub payment: Arc<Payment>,
+    pub no: DeliveryNo,
+}
+
+#[derive(Debug, Default)]
+pub struct DeliveryPage {
+    pub found: Vec<Found>,
+    /// There may be more, beyond this.
+    pub more_beyond: Option<Reached>,
+}
+
+pub fn deliveries(shared: &Shared, query: &DeliveryQuery) -> Result<DeliveryPage, StoreError> {
+    let mut page = DeliveryPage::default();
+    let mut reached = query.beyond;
+    let mut examined = 0;
+    loop {
+        let (ids, ended) = next_owing(shared, query, reached)?;
+        for id in ids {
+            if examined == EXAMINED_MAX {
+                page.more_beyond = reached;
+                return Ok(page);
+            }
+            examined += 1;
+            if let Some(stored) = shared.get(id)? {
+                let payment = Arc::new(stored.payment);
+                page.more_beyond = page.take(query, &payment);
+                if page.more_beyond.is_some() {
+                    return Ok(page);
+                }
+            }
+            reached = Some(Reached { payment: id, delivery: None });
+        }
+        if ended {
+            return Ok(page);
+        }
+    }
+}
+
+/// The next payments of the walk, and whether it ends with them.
+fn next_owing(
+    shared: &Shared,
+    query: &DeliveryQuery,
+    reached: Option<Reached>,
+) -> Result<(Vec<PaymentId>, bool), StoreError> {
+    let one = query.filter.payment.map_or(Bound::Unbounded, Bound::Included);
+    let newest = match reached {
+        None => one,
+        // Some of its deliveries are still to come.
+        Some(Reached { payment, delivery: Some(_) }) => Bound::Included(payment),
+        Some(Reached { payment, delivery: None }) => Bound::Excluded(payment),
+    };
+    let table = match query.filter {
+        DeliveryFilter { payment: None, standing: Some(Standing::Dead), .. } => Table::Dead,
+        DeliveryFilter { .. } => Table::Payment,
+    };
+    let key = |bound: Bound<PaymentId>| bound.map(|id| id.bytes().to_vec());
+    let span = Span { from: key(one), to: key(newest), backwards: true };
+    ids_in(shared, table, span, record::id)
+}
+
+impl DeliveryPage {
+    /// Takes what is asked for of a payment; where that does not fit, says from where on.
+    fn take(&mut self, query: &DeliveryQuery, payment: &Arc<Payment>) -> Option<Reached> {
+        let seen = query.beyond.filter(|reached| reached.payment == payment.terms.id);
+        let seen = seen.and_then(|reached| reached.delivery);
+        for listed in query.filter.pick(payment).filter(|listed| Some(listed.no()) > seen) {
+            if self.found.len() == query.limit {
+                let last = self.found.last()?;
+                return Some(Reached { payment: last.payment.terms.id, delivery: Some(last.no) });
+            }
+            self.found.push(Found { payment: Arc::clone(payment), no: listed.no() });
+        }
+        None
     }
 }

@@ -29,7 +29,7 @@ pub use self::{
     book::{Lease, Releases},
     draws::Draw,
     embedded::{Embedded, Options},
-    lists::{Direction, ListQuery, Page},
+    lists::{DeliveryPage, DeliveryQuery, Direction, Found, ListQuery, Page, Reached},
     shared::Retention,
 };
 use crate::domain::{
@@ -182,6 +182,8 @@ pub trait Store: Send + Sync + 'static {
     fn newest(&self) -> Option<PaymentId>;
 
     async fn list(&self, query: ListQuery) -> Result<Page, StoreError>;
+
+    async fn deliveries(&self, query: DeliveryQuery) -> Result<DeliveryPage, StoreError>;
 
     /// The next number of a reservation's draws, each given once.
     async fn draw_number(&self, reservation: &str) -> Result<Draw, StoreError>;

@@ -19,6 +19,8 @@ pub enum Table {
     Lapse,
     /// Due time, payment id → nothing, for payments that wait longer than the scan window.
     Due,
+    /// Payment id → nothing, for payments with a dead delivery.
+    Dead,
     /// Hash of a reservation → how many draws it had; goes with the reservation's last payment.
     Counter,
     /// Secret, sequence, marks.
@@ -26,7 +28,7 @@ pub enum Table {
 }
 
 impl Table {
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 10] = [
         Self::Payment,
         Self::State,
         Self::Key,
@@ -34,6 +36,7 @@ impl Table {
         Self::Reply,
         Self::Lapse,
         Self::Due,
+        Self::Dead,
         Self::Counter,
         Self::Meta,
     ];
@@ -47,6 +50,7 @@ impl Table {
             Self::Reply => "reply",
             Self::Lapse => "lapse",
             Self::Due => "due",
+            Self::Dead => "dead",
             Self::Counter => "counter",
             Self::Meta => "meta",
         }

@@ -298,6 +298,7 @@ impl Writer {
         stage.batch.put(Table::State, *id.bytes(), record::progress(revision, &after.progress));
         stage.revisions.insert(id, Some(revision));
         stage.note(after, Dues::of(&before.payment).entry(after.terms.created_at));
+        stage.note_dead(&before.payment, after);
         Ok(revision)
     }
 
@@ -365,6 +366,9 @@ impl Writer {
             }
             for name in self.shared.index_names(terms) {
                 stage.batch.delete(Table::Index, record::index_key(name, terms.id));
+            }
+            if payment.has_dead() {
+                stage.batch.delete(Table::Dead, *terms.id.bytes());
             }
             if let Some(Idempotency { key, .. }) = terms.idempotency
                 && !stage.keys.contains_key(&key)
@@ -437,6 +441,16 @@ impl Stage {
             None => {}
         }
         self.dues.push((terms.id, terms.created_at, dues));
+    }
+
+    /// Keeps the `Dead` table in step with a record: a pure function of what it was and what it becomes.
+    fn note_dead(&mut self, before: &Payment, after: &Payment) {
+        let key = *after.terms.id.bytes();
+        match (before.has_dead(), after.has_dead()) {
+            (false, true) => self.batch.put(Table::Dead, key, []),
+            (true, false) => self.batch.delete(Table::Dead, key),
+            (false, false) | (true, true) => {}
+        }
     }
 }
 

@@ -23,6 +23,7 @@ const PLACE: &str = "QQQQQQQQ";
 
 pub struct Case {
     pub method: String,
+    pub path: String,
     pub what: String,
     pub headers: Vec<(&'static str, Bytes)>,
     pub body: Bytes,
@@ -46,6 +47,7 @@ struct Nest {
 /// One method, a good request to it, and what its request is made of.
 struct Subject {
     method: &'static str,
+    path: String,
     request: MessageDescriptor,
     good: DynamicMessage,
     leaves: Vec<Leaf>,
@@ -76,15 +78,17 @@ pub fn cases(seed: u64, webhook_url: &str) -> Vec<Case> {
 
 fn subjects(webhook_url: &str) -> Vec<Subject> {
     let pool = oracle::pool();
-    let service = pool.get_service_by_name("payment.v1.PaymentService").expect("our service");
+    let methods: Vec<_> =
+        pool.services().flat_map(|service| service.methods().collect::<Vec<_>>()).collect();
     let ruled: Vec<&str> = RULED.iter().map(|(method, _)| *method).collect();
-    let methods: Vec<String> = service.methods().map(|method| method.name().to_owned()).collect();
     assert!(
-        methods.iter().all(|method| ruled.contains(&method.as_str())),
+        methods.iter().all(|method| ruled.contains(&method.name())),
         "a method without rules: {methods:?}"
     );
     let subjects = RULED.iter().map(|(method, paths)| {
-        let request = service.methods().find(|m| m.name() == *method).expect(method).input();
+        let described = methods.iter().find(|m| m.name() == *method).expect(method);
+        let path = format!("/{}/{method}", described.parent_service().full_name());
+        let request = described.input();
         let mut reader = serde_json::Deserializer::from_str(good(method));
         let mut message = DynamicMessage::deserialize(request.clone(), &mut reader).expect(method);
         if *method == "CreatePaymentIntent" {
@@ -97,7 +101,7 @@ fn subjects(webhook_url: &str) -> Vec<Subject> {
         found.sort_unstable();
         known.sort_unstable();
         assert_eq!(found, known, "{method}: the fields, and those that a rule speaks of");
-        Subject { method, request, good: message, leaves, nests }
+        Subject { method, path, request, good: message, leaves, nests }
     });
     subjects.collect()
 }
@@ -142,6 +146,14 @@ fn good(method: &str) -> &'static str {
         "SimulateWebhook" => {
             r#"{"payment_intent_id": "pi_00000000000000000000000000", "target_status": 4,
             "delay_seconds": 5, "force_trigger": true}"#
+        }
+        "ListDeliveries" => {
+            r#"{"filter": {"state": "OWED", "channel": "webhook", "origin": "http://127.0.0.1:9",
+                "payment_intent_id": "pi_00000000000000000000000000"}, "page_size": 20}"#
+        }
+        "Redeliver" => {
+            r#"{"filter": {"state": "DEAD", "channel": "webhook", "origin": "http://127.0.0.1:9",
+                "payment_intent_id": "pi_00000000000000000000000000"}}"#
         }
         other => panic!("no good request for {other}"),
     }
@@ -206,8 +218,8 @@ impl Subject {
     }
 
     fn raw(&self, what: impl Into<String>, body: Bytes, expected: Expected) -> Case {
-        let method = self.method.to_owned();
-        Case { method, what: what.into(), headers: Vec::new(), body, expected }
+        let (method, path) = (self.method.to_owned(), self.path.clone());
+        Case { method, path, what: what.into(), headers: Vec::new(), body, expected }
     }
 
     /// The good message, and after it bytes that are merged into the message within.
@@ -345,6 +357,46 @@ fn near(path: &str) -> &'static [&'static str] {
         Some("cvv") => &["12", "123", "1234", "12345", "12a", "１２３", "-12", "+123"],
         Some("provider") => &["sim", "SIM", "sim ", "none"],
         Some("cursor") => &["AAAA", "AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA", "====", "a+b/"],
+        _ => near_of_deliveries(path),
+    }
+}
+
+fn near_of_deliveries(path: &str) -> &'static [&'static str] {
+    match path.rsplit('.').next() {
+        Some("state") => &["OWED", "HELD", "DELIVERED", "DEAD", "dead", " DEAD", "OWED,HELD"],
+        Some("channel") => &["event", "webhook", "dead_letter", "EVENT", "dead-letter", "webhooks"],
+        Some("origin") => &[
+            "http://h",
+            "https://h/",
+            "https://h:8443",
+            "http://h:80/",
+            "http://h:99999",
+            "http://h/p",
+            "http://h//",
+            "http://h?q",
+            "http://h#f",
+            "http://user@h",
+            "http://@h",
+            "http:///h",
+            "http:h",
+            "http://",
+            "ftp://h",
+            "h:80",
+            "http://h\n",
+            "http:\\\\h",
+        ],
+        Some("delivery_id") => &[
+            "dlv_00000000000000000000000000_1_webhook",
+            "dlv_7ZZZZZZZZZZZZZZZZZZZZZZZZZ_4294967295_dead_letter",
+            "dlv_00000000000000000000000000_4294967296_webhook",
+            "dlv_00000000000000000000000000_01_webhook",
+            "dlv_00000000000000000000000000_+1_webhook",
+            "dlv_00000000000000000000000000_1_letter",
+            "dlv_00000000000000000000000000_1",
+            "dlv_0000000000000000000000000a_1_event",
+            "evt_00000000000000000000000000_1",
+            "DLV_00000000000000000000000000_1_event",
+        ],
         _ => &[],
     }
 }

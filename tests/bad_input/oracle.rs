@@ -57,7 +57,7 @@ const REASONS: [(&str, Code); 18] = [
 ];
 
 /// Every field that a rule below speaks of: a field without one fails the test that counts them.
-pub const RULED: [(&str, &[&str]); 7] = [
+pub const RULED: [(&str, &[&str]); 9] = [
     (
         "CreatePaymentIntent",
         &[
@@ -145,6 +145,28 @@ pub const RULED: [(&str, &[&str]); 7] = [
         ],
     ),
     ("SimulateWebhook", &["payment_intent_id", "target_status", "delay_seconds", "force_trigger"]),
+    (
+        "ListDeliveries",
+        &[
+            "filter.state",
+            "filter.channel",
+            "filter.payment_intent_id",
+            "filter.origin",
+            "page_size",
+            "cursor",
+        ],
+    ),
+    (
+        "Redeliver",
+        &[
+            "delivery_id",
+            "filter.state",
+            "filter.channel",
+            "filter.payment_intent_id",
+            "filter.origin",
+            "cursor",
+        ],
+    ),
 ];
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -206,6 +228,24 @@ fn judge_message(method: &str, message: &DynamicMessage) -> Expected {
             choice(&asked, "target_status", &STATUSES, &mut found);
             range(&asked, "delay_seconds", 0, DELAY_MAX, &mut found);
         }
+        "ListDeliveries" => {
+            filter(&asked, &["OWED", "HELD", "DELIVERED", "DEAD"], &mut found);
+            range(&asked, "page_size", 0, PAGE_SIZE_MAX, &mut found);
+            no_cursor(&asked, &mut found);
+        }
+        "Redeliver" if asked.has("filter") => {
+            filter(&asked, &["DEAD"], &mut found);
+            no_cursor(&asked, &mut found);
+        }
+        "Redeliver" => {
+            if !is_delivery(&asked.text("delivery_id")) {
+                found.bad("delivery_id");
+            }
+            // Without either of the two there is nothing that a cursor could belong to.
+            if asked.has("delivery_id") {
+                no_cursor(&asked, &mut found);
+            }
+        }
         other => panic!("the oracle knows no {other}"),
     }
     found.or(|| afterwards(method, &asked))
@@ -218,6 +258,8 @@ fn afterwards(method: &str, asked: &Asked<'_>) -> Expected {
     }
     let mut found = Found::default();
     match method {
+        // None of the cases names a delivery that exists.
+        "Redeliver" if asked.has("delivery_id") => return Expected::Reason("PAYMENT_NOT_FOUND"),
         "GetPaymentIntent" | "GetPaymentStatus"
             if !["", OWNER].contains(&asked.text("user_id").as_str()) =>
         {
@@ -257,6 +299,7 @@ fn refund(asked: &Asked<'_>) -> Expected {
 const METHODS: [i64; 6] = [0, 1, 2, 3, 4, 5];
 const SCENARIOS: [i64; 7] = [0, 1, 2, 3, 4, 5, 100];
 const STATUSES: [i64; 8] = [0, 1, 2, 3, 4, 5, 6, 7];
+const CHANNELS: [&str; 3] = ["event", "webhook", "dead_letter"];
 
 fn create(asked: &Asked<'_>, found: &mut Found) {
     name(asked, "reservation_id", found);
@@ -388,6 +431,40 @@ fn list(asked: &Asked<'_>, found: &mut Found) {
             found.bad("pagination.page");
         }
     }
+}
+
+fn filter(asked: &Asked<'_>, states: &[&str], found: &mut Found) {
+    let empty_or = |path: &str, is_good: &dyn Fn(&str) -> bool, found: &mut Found| {
+        let text = asked.text(path);
+        if !(text.is_empty() || is_good(&text)) {
+            found.bad(path);
+        }
+    };
+    empty_or("filter.state", &|text| states.contains(&text), found);
+    empty_or("filter.channel", &|text| CHANNELS.contains(&text), found);
+    empty_or("filter.payment_intent_id", &is_id, found);
+    empty_or("filter.origin", &is_origin, found);
+}
+
+/// None of the cases has a cursor of ours.
+fn no_cursor(asked: &Asked<'_>, found: &mut Found) {
+    if !asked.text("cursor").is_empty() {
+        found.bad("cursor");
+    }
+}
+
+/// A URL with nothing behind its host and port but a slash.
+fn is_origin(text: &str) -> bool {
+    let bare = text.strip_suffix('/').unwrap_or(text);
+    let rest = bare.split_once("://").map_or("", |(_, rest)| rest);
+    !rest.is_empty() && !rest.contains(['/', '?']) && is_url(text)
+}
+
+fn is_delivery(text: &str) -> bool {
+    let parts = text.strip_prefix("dlv_").map(|rest| rest.splitn(3, '_').collect::<Vec<_>>());
+    let Some([payment, n, channel]) = parts.as_deref() else { return false };
+    let number = n.parse::<u32>().is_ok_and(|number| number.to_string() == *n);
+    is_id(&format!("pi_{payment}")) && number && CHANNELS.contains(channel)
 }
 
 fn tags(asked: &Asked<'_>, found: &mut Found) {

@@ -16,4 +16,5 @@ mod outbox;
 mod restart;
 mod scenarios;
 mod simulate;
+mod simulation;
 mod webhooks;

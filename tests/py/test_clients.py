@@ -93,6 +93,7 @@ def test_reflection_lists_the_services(service):
         services = ProtoReflectionDescriptorDatabase(channel).get_services()
     assert sorted(services) == [
         "grpc.health.v1.Health", "grpc.reflection.v1.ServerReflection", "grpc.reflection.v1alpha.ServerReflection", SERVICE,
+        "simulation.v1.SimulationService",
     ]
 
 

@@ -9,7 +9,11 @@ pub mod receiver;
 use std::{future::Future, net::TcpListener, time::Duration};
 
 use payment_sim::{
-    api::pb::payment::v1::payment_service_client::PaymentServiceClient, clock::Stopwatch,
+    api::pb::{
+        payment::v1::payment_service_client::PaymentServiceClient,
+        simulation::v1::simulation_service_client::SimulationServiceClient,
+    },
+    clock::Stopwatch,
 };
 use tonic::transport::{Channel, Endpoint};
 
@@ -17,8 +21,17 @@ pub type Client = PaymentServiceClient<Channel>;
 
 /// A client whose connection is made when it is needed, and again after the service was away.
 pub fn client(port: u16) -> Client {
+    PaymentServiceClient::new(channel(port))
+}
+
+/// The same for the simulation API.
+pub fn simulation(port: u16) -> SimulationServiceClient<Channel> {
+    SimulationServiceClient::new(channel(port))
+}
+
+fn channel(port: u16) -> Channel {
     let endpoint = Endpoint::from_shared(format!("http://127.0.0.1:{port}")).expect("a URL");
-    PaymentServiceClient::new(endpoint.connect_timeout(Duration::from_secs(2)).connect_lazy())
+    endpoint.connect_timeout(Duration::from_secs(2)).connect_lazy()
 }
 
 /// Free ports, from below the range that the kernel takes for outgoing connections: nobody else gets

@@ -15,7 +15,7 @@ use super::{
     CreatePaymentIntentRequest, DEADLINE, Delivery, GetPaymentIntentRequest,
     GetPaymentIntentResponse, ListPaymentsRequest, Payment, PaymentScenario, PaymentStatus,
     ProcessPaymentRequest, ProcessPaymentResponse,
-    client::{Client, client, create, http_get},
+    client::{Client, SimulationClient, clients, create, http_get},
     event_log::EventLog,
     eventually,
 };
@@ -25,6 +25,7 @@ use super::{
 pub struct TestApp {
     pub clock: ManualClock,
     pub client: Client,
+    pub simulation: SimulationClient,
     pub ops: SocketAddr,
     pub events: EventLog,
     config: Config,
@@ -75,8 +76,8 @@ impl TestApp {
             event_log: Box::new(move || Ok(Box::new(log) as Box<dyn io::Write + Send>)),
         };
         let running = Running::start(&config, listeners, surroundings).await.unwrap();
-        let (client, running) = (client(grpc), Some(running));
-        Self { clock, client, ops, events, config, running, leaves: false }
+        let ((client, simulation), running) = (clients(grpc), Some(running));
+        Self { clock, client, simulation, ops, events, config, running, leaves: false }
     }
 
     /// What this test leaves undelivered is left on purpose.

@@ -11,18 +11,23 @@ use hyper_util::{
 use payment_sim::api::pb::{
     common::v1::Money,
     payment::v1::{CreatePaymentIntentRequest, payment_service_client::PaymentServiceClient},
+    simulation::v1::simulation_service_client::SimulationServiceClient,
 };
 use tonic::{Code, Response, Status, body::Body};
 use tonic_types::StatusExt;
 
-pub type Client = PaymentServiceClient<legacy::Client<HttpConnector, Body>>;
+type Http = legacy::Client<HttpConnector, Body>;
+pub type Client = PaymentServiceClient<Http>;
+pub type SimulationClient = SimulationServiceClient<Http>;
 
-pub fn client(grpc: SocketAddr) -> Client {
+pub fn clients(grpc: SocketAddr) -> (Client, SimulationClient) {
     let mut connector = HttpConnector::new();
     // As every gRPC client does: otherwise a call waits for the acknowledgement of the one before.
     connector.set_nodelay(true);
     let http = legacy::Client::builder(TokioExecutor::new()).http2_only(true).build(connector);
-    PaymentServiceClient::with_origin(http, format!("http://{grpc}").parse().unwrap())
+    let origin: http::Uri = format!("http://{grpc}").parse().unwrap();
+    let payments = PaymentServiceClient::with_origin(http.clone(), origin.clone());
+    (payments, SimulationServiceClient::with_origin(http, origin))
 }
 
 /// Status and body of a page on the ops port.

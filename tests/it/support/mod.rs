@@ -13,6 +13,7 @@ pub use sink::{Answer, Received, WebhookSink};
 pub use payment_sim::api::pb::{
     common::v1::{Money, Pagination},
     payment::v1::*,
+    simulation::v1::*,
 };
 
 use std::{future::Future, time::Duration};
