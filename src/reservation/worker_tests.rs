@@ -141,8 +141,11 @@ async fn poison_is_left_to_the_redrive_policy() {
     let poison = ["no JSON".to_owned(), "{}".to_owned(), pending, "x".repeat(300 * 1024)];
     m.bed.queue.send(poison.clone());
     m.advance_until(VISIBILITY / 2, |bed| bed.queue.dead().len() == poison.len()).await;
-    assert_eq!(m.bed.count(Outcome::Malformed), 5 * 4, "five receipts each");
-    assert!(m.bed.queue.deletes().is_empty() && m.bed.queue.hides().is_empty());
+    // Five receipts each; the last may have come just now.
+    until(|| m.bed.count(Outcome::Malformed) == 5 * 4).await;
+    // A heartbeat may meet one in hand; none is deleted or shown earlier than it would be.
+    assert!(m.bed.queue.deletes().is_empty());
+    assert!(m.bed.queue.hides().iter().all(|(_, visibility)| *visibility == VISIBILITY));
     assert!(m.bed.api.calls().is_empty());
     m.bed.stop().await.unwrap();
 }
@@ -156,7 +159,7 @@ async fn a_final_refusal_is_left_to_the_redrive_policy_and_is_no_effect() {
     let m = manual(api);
     m.bed.queue.send([body("e3", "p", "REFUNDED", 3)]);
     m.advance_until(VISIBILITY / 2, |bed| !bed.queue.dead().is_empty()).await;
-    assert_eq!(m.bed.count(Outcome::Refused), 5);
+    until(|| m.bed.count(Outcome::Refused) == 5).await;
     assert_eq!(m.bed.api.calls().len(), 5, "one call a receipt");
     // Nothing has happened: what is older still counts.
     m.bed.queue.send([body("e2", "p", "COMPLETED", 2)]);
