@@ -87,6 +87,11 @@ perf-test: dev-deps ## ghz against a running service: 1,000 creates, then 30 s o
 	  -d '{"reservation_id":"load-test","user_id":"user-load","amount":{"amount":50000,"currency":"KRW"},"scenario":"random"}' \
 	  -c 50 -z 30s localhost:$(GRPC_PORT)
 
+.PHONY: demo-aws
+demo-aws: dev-deps ## payment to reservation on an emulated AWS, seen step by step
+	cargo build --locked --bins
+	$(WITH_TOOLS) sh -c 'python scripts/demo_aws.py "$(TARGET_DIR)/debug"'
+
 .PHONY: grpcui
 grpcui: ## a web page to call the service from
 	@if command -v grpcui >/dev/null; then \

@@ -8,6 +8,7 @@ pub mod settings;
 #[cfg(test)]
 mod tests;
 mod value;
+mod worker;
 
 use std::collections::BTreeMap;
 use std::ffi::{OsStr, OsString};
@@ -24,15 +25,16 @@ use url::Url;
 pub use environment::{Environment, Origin};
 pub use settings::{env_template, markdown_table};
 pub use value::{
-    EventSink, LogLevel, Scenario, Secrets, Stage, StartupCheck, StoreUrl, Switch, Token,
+    ApiStyle, EventSink, LogLevel, Scenario, Secrets, Stage, StartupCheck, StoreUrl, Switch, Token,
 };
+pub use worker::{ReservationApiConfig, WorkerConfig};
 
-use settings::{DefaultValue, SETTINGS, Setting, setting};
+use settings::{Binary, DefaultValue, Setting, setting};
 use value::{FromValue, Value};
 
 use crate::egress;
 
-/// Every setting, checked.
+/// Every setting of payment-sim, checked.
 #[derive(Debug, Clone)]
 pub struct Config {
     pub stage: Stage,
@@ -86,17 +88,30 @@ pub struct EventConfig {
     pub source: String,
     /// Given wherever the sink is `sqs`.
     pub queue_url: Option<Url>,
-    pub aws_profile: Option<String>,
-    pub aws_region: String,
+    pub aws: AwsConfig,
+}
+
+/// How AWS is reached.
+#[derive(Debug, Clone)]
+pub struct AwsConfig {
+    pub profile: Option<String>,
+    pub region: String,
     /// Set only when it was given as a flag. From the environment and the `.env` files the SDK
     /// takes it by itself, by its own rules (`AWS_ENDPOINT_URL_EVENTBRIDGE` goes first).
-    pub aws_endpoint_url: Option<Url>,
+    pub endpoint_url: Option<Url>,
+}
+
+/// What a binary's settings become.
+pub trait BinaryConfig: Sized {
+    const BINARY: Binary;
+
+    fn new(given: &Resolved) -> Self;
 }
 
 /// What the process was called to do.
 #[derive(Debug)]
-pub enum Invocation {
-    Serve(Box<Config>),
+pub enum Invocation<C = Config> {
+    Serve(Box<C>),
     /// Ask the instance on this machine whether it is ready.
     Healthcheck {
         ops: SocketAddr,
@@ -138,36 +153,39 @@ const HEALTHCHECK: &str = "healthcheck";
 ///
 /// # Errors
 /// With the code to exit with, when the process has nothing further to do.
-pub fn load() -> Result<Invocation, ExitCode> {
+pub fn load<C: BinaryConfig>() -> Result<Invocation<C>, ExitCode> {
     Environment::load(Path::new("."))
         .map_err(Ended::BadFiles)
         .and_then(|environment| Invocation::from_args_and_env(std::env::args_os(), &environment))
-        .map_err(|ended| ended.tell())
+        .map_err(|ended| ended.tell(C::BINARY))
 }
 
-impl Invocation {
+impl<C: BinaryConfig> Invocation<C> {
     /// # Errors
     /// When there is nothing to do but to tell something, all bad values at once.
     pub fn from_args_and_env<T: Into<OsString> + Clone>(
         args: impl IntoIterator<Item = T>,
         environment: &Environment,
     ) -> Result<Self, Ended> {
-        let matches = command().try_get_matches_from(args).map_err(|error| {
+        let matches = command(C::BINARY).try_get_matches_from(args).map_err(|error| {
             let text = error.render().to_string();
             if error.use_stderr() { Ended::Usage(text) } else { Ended::Told(text) }
         })?;
         if let Some((HEALTHCHECK, matches)) = matches.subcommand() {
-            return healthcheck(matches, environment);
+            let ops = healthcheck(C::BINARY, matches, environment)?;
+            return Ok(Self::Healthcheck { ops });
         }
-        let resolved = Resolved::new(&matches, environment)?;
+        let resolved = Resolved::new(C::BINARY, &matches, environment)?;
         if matches.get_flag(CHECK_CONFIG) {
-            return Err(Ended::Told(resolved.report()));
+            return Err(Ended::Told(resolved.report(C::BINARY)));
         }
-        Ok(Self::Serve(Box::new(Config::new(&resolved))))
+        Ok(Self::Serve(Box::new(C::new(&resolved))))
     }
 }
 
-impl Config {
+impl BinaryConfig for Config {
+    const BINARY: Binary = Binary::PaymentSim;
+
     fn new(given: &Resolved) -> Self {
         let public_url: Option<Url> = given.take("PUBLIC_URL");
         Self {
@@ -213,10 +231,18 @@ impl Config {
                 bus_name: given.take("EVENT_BUS_NAME"),
                 source: given.take("PAYMENT_EVENT_SOURCE"),
                 queue_url: given.take("PAYMENT_WEBHOOK_QUEUE_URL"),
-                aws_profile: given.take("AWS_PROFILE"),
-                aws_region: given.take("AWS_REGION"),
-                aws_endpoint_url: given.take_flag("AWS_ENDPOINT_URL"),
+                aws: AwsConfig::new(given),
             },
+        }
+    }
+}
+
+impl AwsConfig {
+    fn new(given: &Resolved) -> Self {
+        Self {
+            profile: given.take("AWS_PROFILE"),
+            region: given.take("AWS_REGION"),
+            endpoint_url: given.take_flag("AWS_ENDPOINT_URL"),
         }
     }
 }
@@ -235,7 +261,7 @@ impl Default for Config {
 
 impl Ended {
     /// Tells the operator and gives the code to exit with.
-    fn tell(self) -> ExitCode {
+    fn tell(self, binary: Binary) -> ExitCode {
         // A reader who has gone (`--help | head`) wants no more: nothing to do about an error.
         match self {
             Self::Told(text) => {
@@ -247,7 +273,7 @@ impl Ended {
                 ExitCode::from(EXIT_USAGE)
             }
             bad @ (Self::BadValues(_) | Self::BadFiles(_)) => {
-                let _gone = writeln!(io::stderr(), "{bad}");
+                let _gone = writeln!(io::stderr(), "{} {bad}", binary.name());
                 ExitCode::from(EXIT_CONFIG)
             }
         }
@@ -259,11 +285,11 @@ impl fmt::Display for Ended {
         match self {
             Self::Told(text) | Self::Usage(text) => f.write_str(text),
             Self::BadValues(bad) => {
-                write!(f, "payment-sim cannot start, bad settings: {}", bad.len())?;
+                write!(f, "cannot start, bad settings: {}", bad.len())?;
                 bad.iter().try_for_each(|bad| write!(f, "\n  {bad}"))
             }
             Self::BadFiles(bad) => {
-                f.write_str("payment-sim cannot start, settings that cannot be read:")?;
+                f.write_str("cannot start, settings that cannot be read:")?;
                 bad.iter().try_for_each(|bad| write!(f, "\n  {bad}"))
             }
         }
@@ -277,11 +303,11 @@ impl fmt::Display for BadValue {
     }
 }
 
-/// The command line, made from the table.
-pub fn command() -> Command {
-    Command::new("payment-sim")
+/// A binary's command line, made from the table.
+fn command(binary: Binary) -> Command {
+    Command::new(binary.name())
         .version(env!("CARGO_PKG_VERSION"))
-        .about("The payment gateway that teams can load-test, break and replay.")
+        .about(binary.about())
         .after_help(
             "Every flag is also an environment variable, named in brackets. Order: flag, \
              environment, .env.local, .env, default. An empty value counts as not given.",
@@ -289,7 +315,7 @@ pub fn command() -> Command {
         .next_line_help(true)
         .disable_help_subcommand(true)
         .args_conflicts_with_subcommands(true)
-        .args(SETTINGS.iter().map(flag))
+        .args(binary.settings().map(flag))
         .arg(
             Arg::new(CHECK_CONFIG)
                 .long(CHECK_CONFIG)
@@ -299,12 +325,14 @@ pub fn command() -> Command {
         .subcommand(
             Command::new(HEALTHCHECK)
                 .about("Exit with 0 when the instance on this machine is ready, else with 1")
-                .args(HEALTHCHECK_SETTINGS.map(|name| flag(setting(name)))),
+                .args(healthcheck_settings(binary).map(flag)),
         )
 }
 
 /// All that `healthcheck` needs to know; a bad value elsewhere is not its business.
-const HEALTHCHECK_SETTINGS: [&str; 2] = ["OPS_PORT", "BIND_ADDRESS"];
+fn healthcheck_settings(binary: Binary) -> [&'static Setting; 2] {
+    [binary.ops_port(), "BIND_ADDRESS"].map(setting)
+}
 
 fn flag(setting: &'static Setting) -> Arg {
     Arg::new(setting.name)
@@ -324,14 +352,16 @@ fn flag(setting: &'static Setting) -> Arg {
         ))
 }
 
-fn healthcheck(matches: &ArgMatches, environment: &Environment) -> Result<Invocation, Ended> {
+fn healthcheck(
+    binary: Binary,
+    matches: &ArgMatches,
+    environment: &Environment,
+) -> Result<SocketAddr, Ended> {
     // Both stages' defaults for the address answer on loopback, so the stage does not matter here.
-    let basis = Basis { stage: Stage::Development, in_memory: false, environment };
-    let wanted = HEALTHCHECK_SETTINGS.map(setting);
-    let given = Resolved::of(wanted, matches, &basis)?;
+    let basis = Basis { binary, stage: Stage::Development, in_memory: false, environment };
+    let given = Resolved::of(healthcheck_settings(binary), matches, &basis)?;
     let address = reachable(given.take("BIND_ADDRESS"));
-    let ops = SocketAddr::new(address, given.take("OPS_PORT"));
-    Ok(Invocation::Healthcheck { ops })
+    Ok(SocketAddr::new(address, given.take(binary.ops_port())))
 }
 
 /// Where an instance bound to `address` answers on its own machine.
@@ -396,33 +426,35 @@ fn shown(setting: &Setting, text: &OsStr) -> String {
     format!("{head:?}{more}")
 }
 
-/// All settings, checked, with where each comes from.
-struct Resolved(BTreeMap<&'static str, Row>);
+/// All settings of a binary, checked, with where each comes from.
+pub struct Resolved(BTreeMap<&'static str, Row>);
 
 /// A value, its text and who gave it.
 type Row = (Value, String, Origin);
 
 /// What some defaults depend on.
 struct Basis<'a> {
+    binary: Binary,
     stage: Stage,
     in_memory: bool,
     environment: &'a Environment,
 }
 
 impl Resolved {
-    fn new(matches: &ArgMatches, environment: &Environment) -> Result<Self, Ended> {
+    fn new(binary: Binary, matches: &ArgMatches, environment: &Environment) -> Result<Self, Ended> {
         let text = |name| {
-            let given = Given::find(setting(name), matches, environment)?;
-            given.text.into_string().ok()
+            let setting = binary.settings().find(|setting| setting.name == name)?;
+            Given::find(setting, matches, environment)?.text.into_string().ok()
         };
         // A bad one is told below; until then the others are checked as in development.
         let stage = text("ENVIRONMENT").and_then(|name| Stage::from_name(name.trim()));
         let basis = Basis {
+            binary,
             stage: stage.unwrap_or(Stage::Development),
             in_memory: text("STORE_URL").is_some_and(|url| url.trim() == "memory:"),
             environment,
         };
-        Self::of(SETTINGS, matches, &basis)
+        Self::of(binary.settings(), matches, &basis)
     }
 
     fn of(
@@ -459,20 +491,23 @@ impl Resolved {
         (*origin == Origin::Flag).then(|| self.take(name))
     }
 
-    fn report(&self) -> String {
-        let mut text = String::new();
-        let width = SETTINGS.iter().map(|s| s.name.len()).max().unwrap_or(0);
-        for setting in SETTINGS {
-            let (value, given, origin) = &self.0[setting.name];
-            let value = match value {
+    fn report(&self, binary: Binary) -> String {
+        let (mut text, mut more) = (String::new(), String::new());
+        let width = binary.settings().map(|s| s.name.len()).max().unwrap_or(0);
+        for setting in binary.settings() {
+            let (set, given, origin) = &self.0[setting.name];
+            let value = match set {
                 Value::Unset => "(unset)".into(),
                 Value::Secrets(secrets) => format!("({} set, not shown)", secrets.iter().len()),
                 Value::Token(_) => "(set, not shown)".into(),
                 _ => given.escape_debug().to_string(),
             };
             let _infallible = writeln!(text, "{:width$}  {value}  ({origin})", setting.name);
+            if let Value::Secrets(secrets) = set {
+                more.push_str(&verifier_keys(secrets));
+            }
         }
-        text.push_str(&verifier_keys(&self.take("WEBHOOK_SECRET")));
+        text.push_str(&more);
         text
     }
 }
@@ -486,6 +521,12 @@ fn resolve(
         && basis.stage == Stage::Production
     {
         production_needs_its_own(setting, given.as_ref(), refused)?;
+    }
+    if let DefaultValue::RequiredBy(binary) = setting.default
+        && binary == basis.binary
+        && given.is_none()
+    {
+        return Err(not_set(setting, setting.kind.allowed()));
     }
     if let Some(given) = given {
         let value = given.parse(setting)?;
@@ -502,7 +543,7 @@ fn resolve(
 
 fn default(setting: &Setting, basis: &Basis<'_>) -> Option<String> {
     let text = match setting.default {
-        DefaultValue::Unset => return None,
+        DefaultValue::Unset | DefaultValue::RequiredBy(_) => return None,
         DefaultValue::Fixed(text) | DefaultValue::DevelopmentOnly(text) => text,
         DefaultValue::ByStage { development, production } => match basis.stage {
             Stage::Development => development,
@@ -531,19 +572,16 @@ fn production_needs_its_own(
 ) -> Result<(), BadValue> {
     let allowed =
         format!("{}; in production it must be set, and not to the default", setting.kind.allowed());
-    let Some(given) = given else {
-        return Err(BadValue {
-            name: setting.name,
-            origin: Origin::Default,
-            shown: "not set".into(),
-            allowed,
-        });
-    };
+    let Some(given) = given else { return Err(not_set(setting, allowed)) };
     let text = given.text.to_string_lossy();
     if text.split(',').any(|one| Secrets::is_key_of(one.trim(), refused)) {
         return Err(given.refused(setting, allowed));
     }
     Ok(())
+}
+
+fn not_set(setting: &'static Setting, allowed: String) -> BadValue {
+    BadValue { name: setting.name, origin: Origin::Default, shown: "not set".into(), allowed }
 }
 
 fn same_port_twice(rows: &BTreeMap<&'static str, Row>) -> Option<BadValue> {

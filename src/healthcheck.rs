@@ -1,4 +1,4 @@
-//! `payment-sim healthcheck`: asks `/readyz` of the instance beside it, for images without a shell.
+//! The command `healthcheck`: asks `/readyz` of the instance beside it, for images without a shell.
 
 use std::io::{self, Read, Write};
 use std::net::{SocketAddr, TcpStream};

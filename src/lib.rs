@@ -25,6 +25,9 @@ pub mod scheduler;
 
 pub mod courier;
 
+pub mod reservation;
+
+pub mod chance;
 pub mod clock;
 pub mod config;
 pub mod egress;
@@ -34,6 +37,7 @@ pub mod healthcheck;
 pub mod log_budget;
 pub mod metrics;
 pub mod ops;
+pub mod process;
 pub mod runtime;
 pub mod server;
 pub mod service;

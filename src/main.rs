@@ -3,7 +3,7 @@
 use std::process::ExitCode;
 
 use payment_sim::{
-    config::{self, Invocation},
+    config::{self, Config, Invocation},
     healthcheck,
     runtime::{self, Listeners},
     telemetry,
@@ -13,7 +13,7 @@ use payment_sim::{
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 fn main() -> ExitCode {
-    let config = match config::load() {
+    let config = match config::load::<Config>() {
         Ok(Invocation::Serve(config)) => config,
         Ok(Invocation::Healthcheck { ops }) => return check_health(ops),
         Err(code) => return code,

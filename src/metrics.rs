@@ -276,12 +276,17 @@ impl Metrics {
             self.outbox_pending.with_label_values(labels).set(pending);
             self.outbox_oldest.with_label_values(labels).set(depth.oldest_age.as_secs_f64());
         }
-        let mut text = String::new();
-        if let Err(error) = TextEncoder::new().encode_utf8(&self.registry.gather(), &mut text) {
-            tracing::error!(%error, "metrics could not be written in full");
-        }
-        text
+        text(&self.registry)
     }
+}
+
+/// All of a registry, in Prometheus' text format.
+pub fn text(registry: &Registry) -> String {
+    let mut text = String::new();
+    if let Err(error) = TextEncoder::new().encode_utf8(&registry.gather(), &mut text) {
+        tracing::error!(%error, "metrics could not be written in full");
+    }
+    text
 }
 
 impl Default for Metrics {
@@ -464,13 +469,19 @@ fn counter(registry: &Registry, name: &str, help: &str) -> IntCounter {
     counter
 }
 
-fn counters(registry: &Registry, name: &str, help: &str, labels: &[&str]) -> IntCounterVec {
+pub fn gauge(registry: &Registry, name: &str, help: &str) -> IntGauge {
+    let gauge = IntGauge::new(name, help).expect(VALID);
+    register(registry, &gauge);
+    gauge
+}
+
+pub fn counters(registry: &Registry, name: &str, help: &str, labels: &[&str]) -> IntCounterVec {
     let counters = IntCounterVec::new(Opts::new(name, help), labels).expect(VALID);
     register(registry, &counters);
     counters
 }
 
-fn histogram(registry: &Registry, name: &str, help: &str, buckets: &[f64]) -> Histogram {
+pub fn histogram(registry: &Registry, name: &str, help: &str, buckets: &[f64]) -> Histogram {
     let opts = HistogramOpts::new(name, help).buckets(buckets.to_vec());
     let histogram = Histogram::with_opts(opts).expect(VALID);
     register(registry, &histogram);
@@ -482,14 +493,14 @@ fn register(registry: &Registry, metric: &(impl Collector + Clone + 'static)) {
 }
 
 #[cfg(target_os = "linux")]
-fn register_process(registry: &Registry) {
+pub fn register_process(registry: &Registry) {
     let process = prometheus::process_collector::ProcessCollector::for_self();
     registry.register(Box::new(process)).expect(VALID);
 }
 
 /// `process_*` is read from /proc, which only Linux has.
 #[cfg(not(target_os = "linux"))]
-fn register_process(_registry: &Registry) {}
+pub fn register_process(_registry: &Registry) {}
 
 #[cfg(test)]
 mod tests {

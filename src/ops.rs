@@ -3,6 +3,7 @@
 //! `/livez` says that the process turns, `/readyz` that requests should be sent here, `/health` whether it
 //! does its work; `/metrics` is Prometheus' text.
 
+use std::net::TcpListener;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -13,6 +14,10 @@ use axum::routing::get;
 use http::{StatusCode, header};
 use hyper_util::service::TowerToHyperService;
 use serde_json::json;
+use tokio_util::sync::CancellationToken;
+
+use crate::process::Tasks;
+use crate::server::{Limits, Server};
 
 const TEXT: [(header::HeaderName, &str); 1] = [(header::CONTENT_TYPE, "text/plain; charset=utf-8")];
 const JSON: [(header::HeaderName, &str); 1] = [(header::CONTENT_TYPE, "application/json")];
@@ -62,6 +67,8 @@ impl StoreCondition {
 
 /// What the ops port asks the process.
 pub trait Report: Send + Sync + 'static {
+    /// Who answers.
+    fn service(&self) -> &'static str;
     fn phase(&self) -> Phase;
     fn store(&self) -> StoreCondition;
     fn uptime(&self) -> Duration;
@@ -72,6 +79,22 @@ pub trait Report: Send + Sync + 'static {
 /// The service to give to [`crate::server::Server::serve_http`].
 pub fn service(report: Arc<dyn Report>) -> TowerToHyperService<Router> {
     TowerToHyperService::new(router(report))
+}
+
+/// Serves `report` on `listener` until `end`, as the task "ops".
+pub fn start(
+    tasks: &mut Tasks,
+    listener: TcpListener,
+    report: Arc<dyn Report>,
+    end: &CancellationToken,
+) {
+    let server = Server::new(Limits::ops());
+    let (service, end) = (service(report), end.clone());
+    tasks.start("ops", async move {
+        if let Err(error) = server.serve_http(listener, service, end).await {
+            tracing::error!(%error, "the ops port cannot be served");
+        }
+    });
 }
 
 fn router(report: Arc<dyn Report>) -> Router {
@@ -89,7 +112,7 @@ async fn health(State(report): State<Arc<dyn Report>>) -> impl IntoResponse {
     let status = verdict(phase, store);
     let body = json!({
         "status": status,
-        "service": "payment-sim-api",
+        "service": report.service(),
         "version": env!("CARGO_PKG_VERSION"),
         "phase": phase.name(),
         "store": store.name(),
@@ -136,13 +159,12 @@ async fn metrics(State(report): State<Arc<dyn Report>>) -> impl IntoResponse {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::server::{Limits, Server, bind};
+    use crate::server::bind;
     use std::net::SocketAddr;
     use std::sync::Mutex;
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
     use tokio::net::TcpStream;
     use tokio::time::timeout;
-    use tokio_util::sync::CancellationToken;
 
     /// Longest wait for what must happen.
     const SOON: Duration = Duration::from_secs(10);
@@ -150,6 +172,9 @@ mod tests {
     struct Fixed(Mutex<(Phase, StoreCondition)>);
 
     impl Report for Fixed {
+        fn service(&self) -> &'static str {
+            "fixed"
+        }
         fn phase(&self) -> Phase {
             self.0.lock().unwrap().0
         }

@@ -2,7 +2,6 @@
 //! starts and stops.
 
 use std::{
-    future::Future,
     io,
     net::{SocketAddr, TcpListener},
     process::ExitCode,
@@ -14,11 +13,7 @@ use std::{
     time::Duration,
 };
 
-use tokio::{
-    signal::unix::{SignalKind, signal},
-    sync::oneshot,
-    task::{AbortHandle, JoinSet},
-};
+use tokio::sync::oneshot;
 use tokio_util::sync::CancellationToken;
 use tonic_health::ServingStatus;
 
@@ -31,6 +26,7 @@ use crate::{
     edge::Edge,
     metrics::Metrics,
     ops::{self, Phase, Report, StoreCondition},
+    process::{EXIT_SOFTWARE, EXIT_STORE_FAILED, Signals, Tasks, end_anyway_after},
     server::{self, Limits, Server},
     service::{Failed, Service, Surroundings},
     store::{Health, Store},
@@ -43,11 +39,6 @@ const BACKGROUND_THREADS: usize = 2;
 const ATTEMPTS_GRACE: Duration = Duration::from_secs(6);
 /// From the signal to the end, whatever hangs.
 const STOP_MAX: Duration = Duration::from_secs(29);
-/// sysexits.h: EX_SOFTWARE, EX_IOERR.
-const EXIT_SOFTWARE: u8 = 70;
-const EXIT_STORE_FAILED: u8 = 74;
-/// As shells report an interrupt: the second signal asks for an end at once.
-const EXIT_INTERRUPTED: i32 = 130;
 
 /// The sockets of a service, bound before anything else is done.
 pub struct Listeners {
@@ -178,7 +169,7 @@ impl Running {
         let status = Arc::new(ProcessStatus::new());
         let mut tasks = Tasks::default();
         let ops_end = CancellationToken::new();
-        start_ops(&mut tasks, listeners.ops, &status, &ops_end);
+        ops::start(&mut tasks, listeners.ops, Arc::clone(&status) as _, &ops_end);
         let limits = Limits::default().drawn((surroundings.chance)());
         let mut service = Service::build(config, surroundings, &status.metrics).await?;
         status.opened(&service.store);
@@ -232,22 +223,6 @@ impl Running {
         ops_end.cancel();
         tasks.join(&["ops"]).await;
     }
-}
-
-fn start_ops(
-    tasks: &mut Tasks,
-    listener: TcpListener,
-    status: &Arc<ProcessStatus>,
-    end: &CancellationToken,
-) {
-    let server = Server::new(Limits::ops());
-    let service = ops::service(Arc::clone(status) as Arc<dyn Report>);
-    let end = end.clone();
-    tasks.start("ops", async move {
-        if let Err(error) = server.serve_http(listener, service, end).await {
-            tracing::error!(%error, "the ops port cannot be served");
-        }
-    });
 }
 
 fn start_loops(tasks: &mut Tasks, service: &mut Service) {
@@ -343,6 +318,10 @@ impl ProcessStatus {
 }
 
 impl Report for ProcessStatus {
+    fn service(&self) -> &'static str {
+        "payment-sim-api"
+    }
+
     fn phase(&self) -> Phase {
         match self.phase.load(Ordering::Relaxed) {
             phase if phase == Phase::Serving as u8 => Phase::Serving,
@@ -366,91 +345,5 @@ impl Report for ProcessStatus {
 
     fn metrics(&self) -> String {
         self.metrics.render()
-    }
-}
-
-/// Long tasks, by name. None of them ends by itself while the service runs.
-#[derive(Default)]
-struct Tasks {
-    running: JoinSet<()>,
-    named: Vec<(&'static str, AbortHandle)>,
-}
-
-impl Tasks {
-    fn start(&mut self, name: &'static str, task: impl Future<Output = ()> + Send + 'static) {
-        self.named.push((name, self.running.spawn(task)));
-    }
-
-    /// The next task to end, be it by a panic.
-    async fn ended(&mut self) -> &'static str {
-        while let Some(ended) = self.running.join_next_with_id().await {
-            let id = ended.map_or_else(|error| error.id(), |(id, ())| id);
-            if let Some(at) = self.named.iter().position(|(_, task)| task.id() == id) {
-                return self.named.swap_remove(at).0;
-            }
-        }
-        // Nothing runs: as little should there be anybody who asks.
-        std::future::pending().await
-    }
-
-    /// Waits for all tasks of these names.
-    async fn join(&mut self, names: &[&str]) {
-        while self.named.iter().any(|(name, _)| names.contains(name)) {
-            self.ended().await;
-        }
-    }
-
-    /// As `join`, but aborts those that are not done in time. What they had leased stays owed.
-    async fn end(&mut self, names: &[&str], within: Duration) {
-        if tokio::time::timeout(within, self.join(names)).await.is_ok() {
-            return;
-        }
-        for (name, task) in self.named.iter().filter(|(name, _)| names.contains(name)) {
-            tracing::warn!(task = name, "did not end in time and was aborted");
-            task.abort();
-        }
-        self.join(names).await;
-    }
-}
-
-struct Signals {
-    term: tokio::signal::unix::Signal,
-    interrupt: tokio::signal::unix::Signal,
-}
-
-impl Signals {
-    fn listen() -> io::Result<Self> {
-        let (term, interrupt) =
-            (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
-        Ok(Self { term, interrupt })
-    }
-
-    async fn next(&mut self) -> &'static str {
-        tokio::select! {
-            _ = self.term.recv() => "SIGTERM",
-            _ = self.interrupt.recv() => "SIGINT",
-        }
-    }
-
-    /// Whoever sends a second signal does not want to wait.
-    #[expect(clippy::disallowed_methods, reason = "it ends with the process, which is its purpose")]
-    fn insist(mut self) {
-        tokio::spawn(async move {
-            let signal = self.next().await;
-            tracing::warn!(signal, "ending at once");
-            std::process::exit(EXIT_INTERRUPTED);
-        });
-    }
-}
-
-/// A thread of its own, so that not even a runtime that hangs keeps the process.
-fn end_anyway_after(max: Duration) {
-    let watchdog = thread::Builder::new().name("watchdog".to_owned()).spawn(move || {
-        thread::sleep(max);
-        tracing::error!("did not stop in time; ending anyway");
-        std::process::exit(i32::from(EXIT_SOFTWARE));
-    });
-    if let Err(error) = watchdog {
-        tracing::error!(%error, "no watchdog over the stop");
     }
 }

@@ -11,6 +11,7 @@ use tonic_health::{ServingStatus, server::HealthReporter};
 use crate::{
     api::{self, SimulationServer, grpc::Payments, simulation::Simulation, token::Guard},
     app::{self, App},
+    chance::chance,
     clock::{Clock, SystemClock},
     config::{Config, EventSink, StartupCheck as OnMiss, StoreUrl, Switch, Token},
     courier::{
@@ -30,15 +31,14 @@ use crate::{
     edge::{Edge, EdgeLimits},
     metrics::{Metrics, OutboxDepth},
     outbox::{Batches, Finisher, Jitter, Mail, Policies, RETRIES, Shared, WebhookLimits, Webhooks},
+    process::{EXIT_SOFTWARE, EXIT_UNAVAILABLE},
     scheduler::Scheduler,
     store::{self, Location, Retention, Store, Work},
 };
 
 /// The payment service's name in `grpc.health.v1`; "" is the whole server.
 const SERVICES: [&str; 2] = ["", "payment.v1.PaymentService"];
-/// sysexits.h: EX_UNAVAILABLE, EX_SOFTWARE, EX_CONFIG.
-const EXIT_UNAVAILABLE: u8 = 69;
-const EXIT_SOFTWARE: u8 = 70;
+/// sysexits.h: EX_CONFIG.
 const EXIT_CONFIG: u8 = 78;
 
 /// Why there is no service: the process's exit code, and the words to end with.
@@ -65,11 +65,6 @@ impl Surroundings {
             event_log: Box::new(|| Ok(Box::new(log::stdout()?))),
         }
     }
-}
-
-fn chance() -> f64 {
-    let random = getrandom::u64().expect("the system gives randomness, or nothing here is safe");
-    random as f64 / 2_f64.powi(64)
 }
 
 /// Everything that serves payments.
@@ -294,10 +289,10 @@ impl<'a> Aws<'a> {
         let read = async || {
             let events = &self.config.events;
             let settings = AwsSettings {
-                profile: events.aws_profile.clone(),
-                region: Some(events.aws_region.clone()),
-                default_region: events.aws_region.clone(),
-                endpoint_url: events.aws_endpoint_url.as_ref().map(ToString::to_string),
+                profile: events.aws.profile.clone(),
+                region: Some(events.aws.region.clone()),
+                default_region: events.aws.region.clone(),
+                endpoint_url: events.aws.endpoint_url.as_ref().map(ToString::to_string),
             };
             aws::sdk_config(&settings).await
         };

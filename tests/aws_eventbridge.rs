@@ -81,7 +81,7 @@ impl Bed {
         let app = TestApp::with(|config| {
             config.events.sink = EventSink::EventBridge;
             config.events.bus_name = BUS.to_owned();
-            config.events.aws_endpoint_url = Some(fake.url.parse().unwrap());
+            config.events.aws.endpoint_url = Some(fake.url.parse().unwrap());
         })
         .await;
         Self { fake, app }

@@ -24,7 +24,10 @@ use payment_sim::{
         },
     },
     clock::Stopwatch,
-    config::{self, EventSink, settings::SETTINGS},
+    config::{
+        self, EventSink,
+        settings::{Binary, SETTINGS},
+    },
     domain::{
         ids::PaymentId,
         money::{Currency, Money},
@@ -34,6 +37,7 @@ use payment_sim::{
         timeline::Kind,
     },
     metrics::GRPC_METHODS,
+    reservation::metrics::WorkerMetrics,
 };
 use prost::Message;
 use prost_reflect::{DescriptorPool, DynamicMessage};
@@ -44,7 +48,7 @@ const ROOT: &str = env!("CARGO_MANIFEST_DIR");
 const BINARY: &str = env!("CARGO_BIN_EXE_payment-sim");
 const SERVICE: &str = "payment.v1.PaymentService";
 const SIMULATION: &str = "simulation.v1.SimulationService";
-const DOCUMENTS: [&str; 9] = [
+const DOCUMENTS: [&str; 10] = [
     "README.md",
     "ARCHITECTURE.md",
     "CONTRIBUTING.md",
@@ -54,6 +58,7 @@ const DOCUMENTS: [&str; 9] = [
     "docs/webhooks.md",
     "docs/events.md",
     "docs/operations.md",
+    "docs/reservation-worker.md",
 ];
 /// Longest wait for what must happen.
 const SOON: Duration = Duration::from_secs(30);
@@ -207,7 +212,7 @@ fn layout() -> String {
 #[test]
 fn every_setting_is_in_help() {
     let help = run(&["--help"], &[]);
-    for setting in SETTINGS {
+    for setting in Binary::PaymentSim.settings() {
         let flag = format!("--{} ", setting.name.to_lowercase().replace('_', "-"));
         assert!(
             help.out.contains(&flag) && help.out.contains(&format!("[{};", setting.name)),
@@ -493,8 +498,17 @@ fn grouped(value: u64) -> String {
 #[test]
 fn files_that_documents_name_exist() {
     // Made by a build or by the tools, or somewhere else altogether.
-    const MADE: [&str; 8] =
-        ["bin/", "data/", ".tools/", ".venv", "fjall/", ".run/", "application/", "payment-sim/"];
+    const MADE: [&str; 9] = [
+        "bin/",
+        "data/",
+        "worker-data/",
+        ".tools/",
+        ".venv",
+        "fjall/",
+        ".run/",
+        "application/",
+        "payment-sim/",
+    ];
     for document in DOCUMENTS {
         let text = read(document);
         let folder = Path::new(ROOT).join(document).parent().unwrap().to_owned();
@@ -811,8 +825,32 @@ fn health_and_metrics_are_as_documented() {
     assert_eq!(still(&health), still(&example));
 
     let (_, text) = get(service.ops, "/metrics").unwrap();
+    check_metrics(&text, &section("docs/operations.md", "## Metrics"));
+    let text = text + &WorkerMetrics::new().render();
+    for document in DOCUMENTS {
+        for span in code_spans(&read(document)) {
+            let name = span.split('{').next().unwrap();
+            let is_metric =
+                ["_total", "_seconds"].iter().any(|end| name.ends_with(end)) && name.contains("_");
+            let is_field = ["delay_seconds", "uptime_seconds"].contains(&name);
+            assert!(
+                !is_metric || is_field || text.contains(&format!("# TYPE {name} ")),
+                "{document}: {span}"
+            );
+        }
+    }
+}
+
+#[test]
+fn the_workers_metrics_are_as_documented() {
+    let table = section("docs/reservation-worker.md", "## Probes and metrics");
+    check_metrics(&WorkerMetrics::new().render(), &table);
+}
+
+/// What is served is in the table, and the other way round, with its labels.
+fn check_metrics(text: &str, table: &str) {
     let served = text.lines().filter_map(|line| line.strip_prefix("# TYPE ")?.split(' ').next());
-    let table = rows(&section("docs/operations.md", "## Metrics"));
+    let table = rows(table);
     let documented = set(table.iter().flat_map(|row| code_spans(&row[0])));
     // process_* is Linux's alone.
     let here = |name: &String| cfg!(target_os = "linux") || !name.starts_with("process_");
@@ -824,18 +862,6 @@ fn health_and_metrics_are_as_documented() {
                 .lines()
                 .any(|line| line.starts_with(&name) && line.contains(&format!("{label}=\"")));
             assert!(labelled, "{name} has no label {label}");
-        }
-    }
-    for document in DOCUMENTS {
-        for span in code_spans(&read(document)) {
-            let name = span.split('{').next().unwrap();
-            let is_metric =
-                ["_total", "_seconds"].iter().any(|end| name.ends_with(end)) && name.contains("_");
-            let is_field = ["delay_seconds", "uptime_seconds"].contains(&name);
-            assert!(
-                !is_metric || is_field || text.contains(&format!("# TYPE {name} ")),
-                "{document}: {span}"
-            );
         }
     }
 }

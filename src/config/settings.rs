@@ -3,7 +3,7 @@
 
 use std::fmt::Write as _;
 
-use super::value::{EventSink, Kind, LogLevel, Scenario, Stage, StartupCheck, Switch};
+use super::value::{ApiStyle, EventSink, Kind, LogLevel, Scenario, Stage, StartupCheck, Switch};
 
 /// One setting, as an operator sees it.
 #[derive(Debug)]
@@ -16,6 +16,46 @@ pub struct Setting {
     pub help: &'static str,
     /// Never shown, neither in an error nor by `--check-config`.
     pub secret: bool,
+    /// Whose it is.
+    pub of: &'static [Binary],
+}
+
+/// The binaries that are told what to do by this table.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Binary {
+    PaymentSim,
+    ReservationWorker,
+}
+
+impl Binary {
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::PaymentSim => "payment-sim",
+            Self::ReservationWorker => "reservation-worker",
+        }
+    }
+
+    pub(super) const fn about(self) -> &'static str {
+        match self {
+            Self::PaymentSim => "The payment gateway that teams can load-test, break and replay.",
+            Self::ReservationWorker => {
+                "Takes payment events from a queue and confirms or cancels their reservations."
+            }
+        }
+    }
+
+    /// Where its probes answer.
+    pub(super) const fn ops_port(self) -> &'static str {
+        match self {
+            Self::PaymentSim => "OPS_PORT",
+            Self::ReservationWorker => "WORKER_PORT",
+        }
+    }
+
+    /// Its rows of the table.
+    pub fn settings(self) -> impl Iterator<Item = &'static Setting> {
+        SETTINGS.iter().filter(move |setting| setting.of.contains(&self))
+    }
 }
 
 /// What holds when nothing is given.
@@ -36,9 +76,22 @@ pub enum DefaultValue {
     /// This profile where the AWS shared config has it, else unset.
     SharedProfile(&'static str),
     Cores,
+    /// This binary does not start without it; to another it is unset.
+    RequiredBy(Binary),
 }
 
 impl Setting {
+    /// The same row, for other binaries than payment-sim alone.
+    const fn of(mut self, binaries: &'static [Binary]) -> Self {
+        self.of = binaries;
+        self
+    }
+
+    /// Whose it is, for people.
+    fn of_text(&self) -> String {
+        self.of.iter().map(|binary| binary.name()).collect::<Vec<_>>().join(", ")
+    }
+
     pub fn flag(&self) -> String {
         self.name.to_ascii_lowercase().replace('_', "-")
     }
@@ -61,13 +114,16 @@ impl Setting {
                 format!("`{name}` where the AWS shared config has that profile, else unset")
             }
             DefaultValue::Cores => "the number of cores".into(),
+            DefaultValue::RequiredBy(binary) => {
+                format!("unset; must be set for {}", binary.name())
+            }
         }
     }
 
     /// What stands behind the name in `.env.template`.
     fn template_value(&self) -> &'static str {
         match self.default {
-            DefaultValue::Unset | DefaultValue::Cores => "",
+            DefaultValue::Unset | DefaultValue::Cores | DefaultValue::RequiredBy(_) => "",
             DefaultValue::Fixed(text)
             | DefaultValue::ByStage { development: text, .. }
             | DefaultValue::DevelopmentOnly(text)
@@ -91,8 +147,9 @@ pub fn setting(name: &str) -> &'static Setting {
 /// `.env.template`, whole. Every line is a comment: a copy of it changes nothing by itself.
 pub fn env_template() -> String {
     let mut text = String::from(
-        "# payment-sim's settings and their defaults. Copy this to .env.local and take the # off\n\
-         # what you change. Order: flag, environment, .env.local, .env, default.\n\
+        "# The settings of payment-sim and of reservation-worker, and their defaults. Copy this to\n\
+         # .env.local and take the # off what you change. Order: flag, environment, .env.local,\n\
+         # .env, default.\n\
          # An empty value counts as not given.\n",
     );
     let mut section = "";
@@ -103,8 +160,9 @@ pub fn env_template() -> String {
         }
         let _infallible = write!(
             text,
-            "\n# {}\n# Allowed: {}. Default: {}.\n#{}={}\n",
+            "\n# {}\n# For: {}. Allowed: {}. Default: {}.\n#{}={}\n",
             setting.help,
+            setting.of_text(),
             setting.kind.allowed(),
             setting.default_text().replace('`', ""),
             setting.name,
@@ -116,16 +174,18 @@ pub fn env_template() -> String {
 
 /// The README's table of settings.
 pub fn markdown_table() -> String {
-    let mut text =
-        String::from("| setting | default | what it is | allowed |\n| --- | --- | --- | --- |\n");
+    let mut text = String::from(
+        "| setting | default | what it is | allowed | for |\n| --- | --- | --- | --- | --- |\n",
+    );
     for setting in SETTINGS {
         let _infallible = writeln!(
             text,
-            "| `{}` | {} | {} | {} |",
+            "| `{}` | {} | {} | {} | {} |",
             setting.name,
             setting.default_text(),
             setting.help,
-            setting.kind.allowed()
+            setting.kind.allowed(),
+            setting.of_text()
         );
     }
     text
@@ -136,6 +196,10 @@ const STORAGE: &str = "Storage";
 const SIMULATION: &str = "Simulation";
 const WEBHOOKS: &str = "Webhooks";
 const EVENTS: &str = "Events";
+const WORKER: &str = "Reservation worker";
+
+const BOTH: &[Binary] = &[Binary::PaymentSim, Binary::ReservationWorker];
+const WORKER_ALONE: &[Binary] = &[Binary::ReservationWorker];
 
 const PORT: Kind = Kind::Whole { min: 1, max: 65_535 };
 /// A week: longer simulated delays serve no test, and stay clear of every overflow.
@@ -149,22 +213,24 @@ const fn row(
     default: DefaultValue,
     help: &'static str,
 ) -> Setting {
-    let secret = matches!(kind, Kind::Secrets | Kind::Token);
-    Setting { name, section, kind, default, help, secret }
+    let (secret, of) = (matches!(kind, Kind::Secrets | Kind::Token), &[Binary::PaymentSim]);
+    Setting { name, section, kind, default, help, secret, of }
 }
 
-use DefaultValue::{ByStage, ByStore, Cores, DevelopmentOnly, Fixed, SharedProfile, Unset};
+use DefaultValue::{
+    ByStage, ByStore, Cores, DevelopmentOnly, Fixed, RequiredBy, SharedProfile, Unset,
+};
 
 #[rustfmt::skip] // one row, two lines: what it is, then what it is for
 pub static SETTINGS: &[Setting] = &[
     row(SERVER, "ENVIRONMENT", Kind::Choice(Stage::NAMES), Fixed("development"),
-        "Where this runs; decides several of the defaults below."),
+        "Where this runs; decides several of the defaults below.").of(BOTH),
     row(SERVER, "GRPC_PORT", PORT, Fixed("8030"),
         "Port of the gRPC API."),
     row(SERVER, "OPS_PORT", PORT, Fixed("8031"),
         "Port of /health, /livez, /readyz and /metrics."),
     row(SERVER, "BIND_ADDRESS", Kind::Address, ByStage { development: "127.0.0.1", production: "0.0.0.0" },
-        "Address that all ports are bound to."),
+        "Address that all ports are bound to.").of(BOTH),
     row(SERVER, "PUBLIC_URL", Kind::Url { max_chars: MAX_URL_CHARS }, Unset,
         "Where callers reach this from outside; payment_url is empty while it is unset."),
     row(SERVER, "MAX_IN_FLIGHT", Kind::Whole { min: 1, max: 1_000_000 }, Fixed("8192"),
@@ -174,7 +240,7 @@ pub static SETTINGS: &[Setting] = &[
     row(SERVER, "DRAIN_DELAY_MS", Kind::Millis { min: 0, max: 10_000 }, ByStage { development: "0", production: "5000" },
         "From SIGTERM, how long to go on accepting until balancers have seen /readyz turn false."),
     row(SERVER, "LOG_LEVEL", Kind::Choice(LogLevel::NAMES), ByStage { development: "debug", production: "info" },
-        "Least level of log lines; they go to stderr, as JSON in production."),
+        "Least level of log lines; they go to stderr, as JSON in production.").of(BOTH),
 
     row(STORAGE, "STORE_URL", Kind::Store, Fixed("file:./data"),
         "Where payments are kept; memory: keeps nothing over a restart."),
@@ -233,12 +299,29 @@ pub static SETTINGS: &[Setting] = &[
         "EventBridge bus, by name or ARN."),
     row(EVENTS, "PAYMENT_EVENT_SOURCE", Kind::Word { max_chars: 256 }, Fixed("payment-sim-api"),
         "The events' source."),
-    row(EVENTS, "PAYMENT_WEBHOOK_QUEUE_URL", Kind::Url { max_chars: MAX_URL_CHARS }, Unset,
-        "SQS queue that EVENT_SINK=sqs sends to, and needs."),
+    row(EVENTS, "PAYMENT_WEBHOOK_QUEUE_URL", Kind::Url { max_chars: MAX_URL_CHARS }, RequiredBy(Binary::ReservationWorker),
+        "SQS queue: EVENT_SINK=sqs sends to it, and needs it; the worker receives from it.").of(BOTH),
     row(EVENTS, "AWS_PROFILE", Kind::Text { max_chars: 255 }, SharedProfile("tacos"),
-        "Profile of the AWS credentials."),
+        "Profile of the AWS credentials.").of(BOTH),
     row(EVENTS, "AWS_REGION", Kind::Word { max_chars: 64 }, Fixed("ap-northeast-2"),
-        "AWS region."),
+        "AWS region.").of(BOTH),
     row(EVENTS, "AWS_ENDPOINT_URL", Kind::Url { max_chars: MAX_URL_CHARS }, Unset,
-        "Another address for AWS, such as an emulator's."),
+        "Another address for AWS, such as an emulator's.").of(BOTH),
+
+    row(WORKER, "WORKER_PORT", PORT, Fixed("8040"),
+        "Port of the worker's /health, /livez, /readyz and /metrics.").of(WORKER_ALONE),
+    row(WORKER, "RESERVATION_API_URL", Kind::Url { max_chars: MAX_URL_CHARS }, Unset,
+        "Reservation API that is told to confirm or cancel; while it is unset, a log line takes the call's place.").of(WORKER_ALONE),
+    row(WORKER, "RESERVATION_API_STYLE", Kind::Choice(ApiStyle::NAMES), Fixed("post"),
+        "How it is told: POST /v1/reservations/{id}/confirm or /cancel, or PATCH /internal/reservations/{id}.").of(WORKER_ALONE),
+    row(WORKER, "RESERVATION_API_TIMEOUT_MS", Kind::Millis { min: 1, max: 60_000 }, Fixed("5000"),
+        "How long one call may take.").of(WORKER_ALONE),
+    row(WORKER, "WORKER_RETRY_FOR", Kind::Period { min: "0s", max: "1h" }, Fixed("5m"),
+        "How long a call that fails is made again before its message is left to the queue.").of(WORKER_ALONE),
+    row(WORKER, "WORKER_CONCURRENCY", Kind::Whole { min: 1, max: 1_024 }, Fixed("64"),
+        "Messages in hand at a time.").of(WORKER_ALONE),
+    row(WORKER, "WORKER_VISIBILITY", Kind::Period { min: "2s", max: "12h" }, Fixed("30s"),
+        "How long a message stays hidden from other workers; extended at each third of it while work goes on.").of(WORKER_ALONE),
+    row(WORKER, "WORKER_STATE", Kind::Store, Fixed("file:./worker-data"),
+        "Where applied events are remembered, 24 hours or 10 million of them; one worker a folder. memory: forgets them with a restart and keeps a million.").of(WORKER_ALONE),
 ];

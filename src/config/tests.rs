@@ -1,5 +1,5 @@
 use super::*;
-use settings::SETTINGS;
+use settings::{Binary, SETTINGS};
 use std::collections::BTreeSet;
 use std::fs;
 use std::process;
@@ -11,6 +11,21 @@ fn start(args: &[&str], environment: &Environment) -> Result<Invocation, Ended> 
 
 fn config(args: &[&str], environment: impl Into<Environment>) -> Config {
     match start(args, &environment.into()) {
+        Ok(Invocation::Serve(config)) => *config,
+        other => panic!("{other:?}"),
+    }
+}
+
+fn start_worker(
+    args: &[&str],
+    environment: &Environment,
+) -> Result<Invocation<WorkerConfig>, Ended> {
+    let args = std::iter::once("reservation-worker").chain(args.iter().copied());
+    Invocation::from_args_and_env(args, environment)
+}
+
+fn worker_config(args: &[&str], environment: impl Into<Environment>) -> WorkerConfig {
+    match start_worker(args, &environment.into()) {
         Ok(Invocation::Serve(config)) => *config,
         other => panic!("{other:?}"),
     }
@@ -30,12 +45,25 @@ fn told(args: &[&str], environment: impl Into<Environment>) -> String {
     }
 }
 
+const QUEUE: (&str, &str) = ("PAYMENT_WEBHOOK_QUEUE_URL", "http://127.0.0.1:5555/1/queue");
+
+/// Every binary that has the setting says the same of a value.
 fn is_allowed(name: &str, value: &str) -> bool {
-    match start(&[], &Environment::from([(name, value)])) {
-        Ok(Invocation::Serve(_)) => true,
-        Err(Ended::BadValues(bad)) if bad.len() == 1 && bad[0].name == name => false,
-        other => panic!("{name}={value}: {other:?}"),
-    }
+    let mut verdicts = setting(name).of.iter().map(|binary| {
+        let environment = Environment::from([(name, value), QUEUE]);
+        let ended = match binary {
+            Binary::PaymentSim => start(&[], &environment).err(),
+            Binary::ReservationWorker => start_worker(&[], &environment).err(),
+        };
+        match ended {
+            None => true,
+            Some(Ended::BadValues(bad)) if bad.len() == 1 && bad[0].name == name => false,
+            Some(other) => panic!("{name}={value}: {other:?}"),
+        }
+    });
+    let verdict = verdicts.next().expect("every setting is somebody's");
+    assert!(verdicts.all(|other| other == verdict), "{name}={value}");
+    verdict
 }
 
 #[test]
@@ -75,9 +103,9 @@ fn the_defaults_are_the_contracts() {
     assert_eq!(c.events.queue_url, None);
     assert_eq!(c.events.bus_name, "ticket-reservation-events");
     assert_eq!(c.events.source, "payment-sim-api");
-    assert_eq!(c.events.aws_profile, None);
-    assert_eq!(c.events.aws_region, "ap-northeast-2");
-    assert_eq!(c.events.aws_endpoint_url, None);
+    assert_eq!(c.events.aws.profile, None);
+    assert_eq!(c.events.aws.region, "ap-northeast-2");
+    assert_eq!(c.events.aws.endpoint_url, None);
 }
 
 #[test]
@@ -105,7 +133,7 @@ fn the_seeds_profile_is_taken_only_where_it_exists() {
     let path = file.to_str().unwrap();
     let profile = |text: &str| {
         fs::write(&file, text).unwrap();
-        config(&[], [("AWS_CONFIG_FILE", path)]).events.aws_profile
+        config(&[], [("AWS_CONFIG_FILE", path)]).events.aws.profile
     };
     let tacos = Some("tacos".to_owned());
     assert_eq!(profile("[default]\n[profile tacos]\nregion = x\n"), tacos);
@@ -113,12 +141,12 @@ fn the_seeds_profile_is_taken_only_where_it_exists() {
     assert_eq!(profile("[tacos]\n"), tacos);
     assert_eq!(profile("[profile tacos2]\n# [profile tacos]\n"), None);
     let given = config(&[], [("AWS_CONFIG_FILE", path), ("AWS_PROFILE", "mine")]);
-    assert_eq!(given.events.aws_profile.as_deref(), Some("mine"));
+    assert_eq!(given.events.aws.profile.as_deref(), Some("mine"));
 
     fs::create_dir(folder.path().join(".aws")).unwrap();
     fs::write(folder.path().join(".aws/credentials"), "[tacos]\n").unwrap();
     let home = config(&[], [("HOME", folder.path().to_str().unwrap())]);
-    assert_eq!(home.events.aws_profile, tacos);
+    assert_eq!(home.events.aws.profile, tacos);
 }
 
 #[test]
@@ -230,7 +258,7 @@ fn a_bad_value_breaks_no_line_and_fills_no_screen() {
 fn a_value_that_is_no_text_is_refused() {
     use std::os::unix::ffi::OsStringExt;
     let args = ["payment-sim".into(), "--aws-region".into(), OsString::from_vec(vec![0xff])];
-    match Invocation::from_args_and_env(args, &Environment::default()) {
+    match Invocation::<Config>::from_args_and_env(args, &Environment::default()) {
         Err(Ended::BadValues(bad)) => assert_eq!(bad[0].name, "AWS_REGION"),
         other => panic!("{other:?}"),
     }
@@ -289,6 +317,14 @@ const BOUNDS: &[Bounds] = &[
     ),
     ("EVENT_BUS_NAME", &["b", "arn:aws:events:x:1:event-bus/b"], &["two words", "b\u{e9}"]),
     ("PAYMENT_EVENT_SOURCE", &["a.b"], &["a b"]),
+    ("WORKER_PORT", &["1", "65535"], &["0", "65536"]),
+    ("RESERVATION_API_URL", &["http://reservations:8010/api/"], &["reservations:8010", "/v1"]),
+    ("RESERVATION_API_STYLE", &["post", "patch"], &["POST", "put"]),
+    ("RESERVATION_API_TIMEOUT_MS", &["1", "60000"], &["0", "60001"]),
+    ("WORKER_RETRY_FOR", &["0s", "1h"], &["61m", "5"]),
+    ("WORKER_CONCURRENCY", &["1", "1024"], &["0", "1025"]),
+    ("WORKER_VISIBILITY", &["2s", "12h"], &["1s", "13h"]),
+    ("WORKER_STATE", &["memory:", "file:x"], &["x", "postgres://h/d"]),
     ("AWS_PROFILE", &["my profile"], &["a\nb"]),
     ("AWS_REGION", &["eu-central-1"], &["eu central"]),
     ("AWS_ENDPOINT_URL", &["http://127.0.0.1:5555"], &["localhost:5555", "ftp://x", "http://"]),
@@ -452,9 +488,19 @@ fn the_told_command_derives_the_key_that_a_verifier_takes() {
 
 #[test]
 fn every_setting_is_a_flag_and_in_help_with_its_default_and_bounds() {
-    let help = told(&["--help"], []);
+    for binary in [Binary::PaymentSim, Binary::ReservationWorker] {
+        help_tells_every_setting(binary);
+    }
+}
+
+fn help_tells_every_setting(binary: Binary) {
+    let help = command(binary).render_help().to_string();
     let words = help.split_whitespace().collect::<Vec<_>>().join(" ");
-    for setting in SETTINGS {
+    let others = SETTINGS.iter().filter(|setting| !setting.of.contains(&binary));
+    for setting in others {
+        assert!(!words.contains(&format!("[{};", setting.name)), "{}", setting.name);
+    }
+    for setting in binary.settings() {
         assert!(help.contains(&format!("--{} <", setting.flag())), "{}", setting.name);
         let facts = format!(
             "[{}; default: {}; allowed: {}]",
@@ -478,6 +524,7 @@ fn every_default_is_allowed_in_every_case() {
                 &["--webhook-secret=x"],
                 [("ENVIRONMENT", stage.as_str()), ("STORE_URL", store)],
             );
+            worker_config(&[], [("ENVIRONMENT", stage.as_str()), QUEUE]);
         }
     }
 }
@@ -519,12 +566,53 @@ fn healthcheck_asks_where_the_instance_answers() {
 }
 
 #[test]
+fn the_workers_defaults_are_the_contracts() {
+    let c = worker_config(&[], [QUEUE]);
+    assert_eq!((c.port, c.bind_address), (8040, IpAddr::from([127, 0, 0, 1])));
+    assert_eq!((c.stage, c.log_level), (Stage::Development, LogLevel::Debug));
+    assert_eq!(c.queue_url.as_str(), QUEUE.1);
+    assert!(c.api.is_none());
+    assert_eq!(c.state, StoreUrl::File("./worker-data".into()));
+    assert_eq!(c.concurrency, 64);
+    assert_eq!(c.visibility, Duration::from_secs(30));
+    assert_eq!(c.retry_for, Duration::from_secs(300));
+    assert_eq!(c.aws.region, "ap-northeast-2");
+    let api = worker_config(&["--reservation-api-url=http://r:8010"], [QUEUE]).api.unwrap();
+    assert_eq!((api.style, api.timeout), (ApiStyle::Post, Duration::from_secs(5)));
+    let production = worker_config(&[], [("ENVIRONMENT", "production"), QUEUE]);
+    assert_eq!(production.bind_address, IpAddr::from([0, 0, 0, 0]));
+}
+
+#[test]
+fn the_worker_needs_its_queue_and_nothing_of_payment_sims() {
+    let ended = start_worker(&[], &[("WORKER_PORT", "x"), ("GRPC_PORT", "x")].into());
+    let Err(Ended::BadValues(bad)) = ended else { panic!("{ended:?}") };
+    let told: Vec<_> = bad.iter().map(|bad| (bad.name, bad.shown.as_str())).collect();
+    assert_eq!(told, [("PAYMENT_WEBHOOK_QUEUE_URL", "not set"), ("WORKER_PORT", "\"x\"")]);
+    assert!(matches!(start_worker(&["--grpc-port=1"], &[QUEUE].into()), Err(Ended::Usage(_))));
+}
+
+#[test]
+fn the_workers_healthcheck_asks_its_own_port() {
+    let ended = start_worker(&["healthcheck"], &[("WORKER_PORT", "9")].into());
+    assert!(
+        matches!(ended, Ok(Invocation::Healthcheck { ops }) if ops.to_string() == "127.0.0.1:9")
+    );
+    let Err(Ended::Told(text)) = start_worker(&["--version"], &[].into()) else { panic!() };
+    assert!(text.starts_with("reservation-worker "), "{text}");
+    let Err(Ended::Told(report)) = start_worker(&["--check-config"], &[QUEUE].into()) else {
+        panic!()
+    };
+    assert_eq!(report.lines().count(), Binary::ReservationWorker.settings().count());
+}
+
+#[test]
 fn an_endpoint_from_the_environment_is_left_to_the_sdk() {
     let url = "http://127.0.0.1:5555/";
     let from_environment = config(&[], [("AWS_ENDPOINT_URL", url)]);
-    assert_eq!(from_environment.events.aws_endpoint_url, None);
+    assert_eq!(from_environment.events.aws.endpoint_url, None);
     let from_flag = config(&["--aws-endpoint-url", url], []);
-    assert_eq!(from_flag.events.aws_endpoint_url.unwrap().as_str(), url);
+    assert_eq!(from_flag.events.aws.endpoint_url.unwrap().as_str(), url);
 }
 
 #[test]
@@ -559,13 +647,13 @@ fn env_template_with_all_its_lines_in_force_is_the_default() {
     fs::write(&file, lines.join("\n")).unwrap();
     environment.add_file(&file, Origin::DotEnv).unwrap();
     let mut c = config(&[], environment);
-    assert_eq!(c.events.aws_profile.take().as_deref(), Some("tacos"));
+    assert_eq!(c.events.aws.profile.take().as_deref(), Some("tacos"));
     assert_eq!(format!("{c:?}"), format!("{:?}", Config::default()));
 }
 
 #[test]
-fn the_readmes_table_has_every_setting_in_four_columns() {
+fn the_readmes_table_has_every_setting_in_five_columns() {
     let table = markdown_table();
     assert_eq!(table.lines().count(), SETTINGS.len() + 2);
-    assert!(table.lines().all(|line| line.matches('|').count() == 5), "{table}");
+    assert!(table.lines().all(|line| line.matches('|').count() == 6), "{table}");
 }

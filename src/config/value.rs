@@ -61,6 +61,10 @@ choices! {
     }
 }
 choices! {
+    /// How the reservation API is called.
+    ApiStyle { Post = "post", Patch = "patch" }
+}
+choices! {
     LogLevel { Error = "error", Warn = "warn", Info = "info", Debug = "debug", Trace = "trace" }
 }
 

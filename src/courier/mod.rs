@@ -11,7 +11,7 @@ pub mod eventbridge;
 pub mod log;
 pub mod sqs;
 pub mod startup_check;
-mod tls;
+pub mod tls;
 pub mod webhook;
 
 #[cfg(test)]

@@ -14,6 +14,16 @@ pub enum Status {
 }
 
 impl Status {
+    pub const ALL: [Self; 7] = [
+        Self::Pending,
+        Self::Processing,
+        Self::Completed,
+        Self::Failed,
+        Self::Cancelled,
+        Self::Refunded,
+        Self::Expired,
+    ];
+
     /// The name on the wire (`payment.v1.PaymentStatus`).
     pub const fn as_str(self) -> &'static str {
         match self {

@@ -39,7 +39,7 @@ def test_the_image_sets_only_settings_that_exist():
     (line,) = instruction("ENV")
     env = dict(pair.split("=", 1) for pair in line.split())
     assert env.keys() <= settings().keys()
-    assert env == {"STORE_URL": "file:/data", "BIND_ADDRESS": "0.0.0.0"}
+    assert env == {"STORE_URL": "file:/data", "WORKER_STATE": "file:/worker-data/state", "BIND_ADDRESS": "0.0.0.0"}
 
 
 def test_the_image_runs_as_nobody_in_particular():
@@ -47,6 +47,12 @@ def test_the_image_runs_as_nobody_in_particular():
     assert instruction("VOLUME") == ["/data"]
     assert json.loads(instruction("ENTRYPOINT")[0]) == ["/usr/local/bin/payment-sim"]
     assert "healthcheck" in instruction("HEALTHCHECK")[0]
+
+
+def test_the_image_carries_both_binaries():
+    build = DOCKERFILE.rsplit("\nFROM ", 1)[0]
+    assert "cargo build --locked --release --bins" in build
+    assert {"payment-sim", "reservation-worker"} == set(re.findall(r"target/release/(\S+)", build))
 
 
 def test_the_image_is_built_from_all_that_the_build_reads(tmp_path):
@@ -90,7 +96,7 @@ def test_compose_runs_the_emulator_that_the_tests_run():
 
 
 TARGETS = """help run build test lint ci bench docker-build docker-run perf-test grpcui status dev-deps clean
-crash-test bench-store bench-footprint k8s""".split()
+crash-test bench-store bench-footprint k8s demo-aws""".split()
 
 
 def make(*arguments):
