@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
 # Sets up what the tests and linters need besides Rust, inside this repository: `.venv` (Python) and
-# `.tools` (buf, grpcurl, ghz, kustomize). What is already there and current is left alone.
+# `.tools` (buf, grpcurl, ghz, kustomize; Standard Webhooks for Node.js). What is already there and
+# current is left alone.
 #
 #   scripts/dev-env.sh              set up
 #   scripts/dev-env.sh exec CMD…    set up, then run CMD with
 #       PAYMENT_SIM_VENV    the venv, absolute (bin/python, bin/moto_server), unset where there is none
-#       PAYMENT_SIM_TOOLS   .tools, absolute (bin/buf, bin/grpcurl, bin/ghz, bin/kustomize), unset where
-#                           one of them is missing
+#       PAYMENT_SIM_TOOLS   .tools, absolute (bin/buf, bin/grpcurl, bin/ghz, bin/kustomize,
+#                           node_modules/standardwebhooks), unset where one of them is missing
 #       PATH                with both bin folders in front
 #
 # A missing interpreter is one line on stderr, and a failure when CI=true. An install that was begun
@@ -16,6 +17,7 @@ set -euo pipefail
 BUF_VERSION=1.75.0
 GRPCURL_VERSION=v1.9.4
 GHZ_VERSION=v0.93.0
+STANDARDWEBHOOKS_VERSION=1.1.1
 KUSTOMIZE_VERSION=v5.8.1 # renders the manifests; the same output as `kubectl kustomize`
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -62,20 +64,22 @@ set_up_python() {
     printf '%s\n' "$inputs" >"$venv/.stamp"
 }
 
-set_up_buf() {
-    if current "$tools/.stamp-buf" "$BUF_VERSION"; then
+set_up_node_tools() {
+    local inputs="buf $BUF_VERSION, standardwebhooks $STANDARDWEBHOOKS_VERSION"
+    if current "$tools/.stamp-node" "$inputs"; then
         return
     fi
     if ! command -v npm >/dev/null; then
-        missing 'Node.js with npm' 'buf (proto lint, buf curl) and the tests that need it are skipped'
+        missing 'Node.js with npm' 'buf (proto lint, buf curl) and the tests that need it or Node.js are skipped'
         return
     fi
-    echo "setting up .tools/bin/buf" >&2
+    echo "setting up .tools/bin/buf and .tools/node_modules/standardwebhooks" >&2
     mkdir -p "$tools/bin"
     # The binary is in the package itself; no install script needs to run.
-    npm install --prefix "$tools" --no-save --no-package-lock --no-audit --no-fund --ignore-scripts --loglevel=error "@bufbuild/buf@$BUF_VERSION" >&2
+    npm install --prefix "$tools" --no-save --no-package-lock --no-audit --no-fund --ignore-scripts --loglevel=error \
+        "@bufbuild/buf@$BUF_VERSION" "standardwebhooks@$STANDARDWEBHOOKS_VERSION" >&2
     ln -sf ../node_modules/.bin/buf "$tools/bin/buf"
-    printf '%s\n' "$BUF_VERSION" >"$tools/.stamp-buf"
+    printf '%s\n' "$inputs" >"$tools/.stamp-node"
 }
 
 set_up_go_tools() {
@@ -108,7 +112,7 @@ set_up_strace() {
 }
 
 set_up_python
-set_up_buf
+set_up_node_tools
 set_up_go_tools
 set_up_strace
 
@@ -118,7 +122,7 @@ if [ "${1:-}" = exec ]; then
     if [ -f "$venv/.stamp" ]; then
         export PAYMENT_SIM_VENV=$venv PATH="$venv/bin:$PATH"
     fi
-    if [ -f "$tools/.stamp-buf" ] && [ -f "$tools/.stamp-go" ]; then
+    if [ -f "$tools/.stamp-node" ] && [ -f "$tools/.stamp-go" ]; then
         export PAYMENT_SIM_TOOLS=$tools
     fi
     export PATH="$tools/bin:$PATH"

@@ -30,6 +30,8 @@ pub use value::{
 use settings::{DefaultValue, SETTINGS, Setting, setting};
 use value::{FromValue, Value};
 
+use crate::egress;
+
 /// Every setting, checked.
 #[derive(Debug, Clone)]
 pub struct Config {
@@ -73,6 +75,7 @@ pub struct WebhookConfig {
     /// Of one origin; `None`: no limit.
     pub max_rps: Option<u32>,
     pub dlq_url: Option<Url>,
+    pub egress: egress::Policy,
 }
 
 #[derive(Debug, Clone)]
@@ -199,6 +202,10 @@ impl Config {
                 concurrency: given.take("WEBHOOK_CONCURRENCY"),
                 max_rps: Some(given.take("WEBHOOK_MAX_RPS")).filter(|n| *n > 0),
                 dlq_url: given.take("PAYMENT_WEBHOOK_DLQ_URL"),
+                egress: egress::Policy {
+                    networks: given.take("WEBHOOK_ALLOW_CIDRS"),
+                    hosts: given.take("WEBHOOK_ALLOW_HOSTS"),
+                },
             },
             events: EventConfig {
                 sink: given.take("EVENT_SINK"),
@@ -357,7 +364,13 @@ impl Given {
 
     fn parse(&self, setting: &'static Setting) -> Result<Value, BadValue> {
         let value = self.text.to_str().and_then(|text| setting.kind.parse(text.trim()));
-        value.ok_or_else(|| self.refused(setting, setting.kind.allowed()))
+        value.ok_or_else(|| {
+            // As in `shown`: what may hold a password is not repeated.
+            let text = self.text.to_str().filter(|text| !text.contains('@'));
+            let objection = text.and_then(|text| setting.kind.objection(text.trim()));
+            let why = objection.map(|objection| format!(" ({objection})")).unwrap_or_default();
+            self.refused(setting, setting.kind.allowed() + &why)
+        })
     }
 
     fn refused(&self, setting: &'static Setting, allowed: String) -> BadValue {
@@ -527,7 +540,7 @@ fn production_needs_its_own(
         });
     };
     let text = given.text.to_string_lossy();
-    if text.split(',').any(|one| one.trim() == refused) {
+    if text.split(',').any(|one| Secrets::is_key_of(one.trim(), refused)) {
         return Err(given.refused(setting, allowed));
     }
     Ok(())

@@ -27,6 +27,7 @@ pub mod courier;
 
 pub mod clock;
 pub mod config;
+pub mod egress;
 #[cfg(feature = "faults")]
 pub mod faults;
 pub mod healthcheck;

@@ -384,9 +384,10 @@ fn webhook_courier(config: &Config) -> Result<Arc<dyn Courier>, Failed> {
     let secrets: Vec<&str> = config.webhook.secrets.iter().collect();
     let signer =
         Signer::new(&secrets).map_err(|error| (EXIT_CONFIG, format!("WEBHOOK_SECRET: {error}")))?;
-    Ok(Arc::new(WebhookCourier::new(WebhookSettings {
+    let settings = WebhookSettings {
         signer,
         timeout: config.webhook.timeout,
         idle_per_origin: config.webhook.origin_concurrency,
-    })))
+    };
+    Ok(Arc::new(WebhookCourier::new(config.webhook.egress.clone(), settings)))
 }

@@ -405,7 +405,7 @@ async fn nothing_is_lost_in_a_long_outage() {
     let mut calls = 0;
     bed.fake.always("PutEvents", move |entries| {
         calls += 1;
-        let fails = |n: &usize| (n + calls) % 2 == 0 && calls < 50;
+        let fails = |n: &usize| (n + calls).is_multiple_of(2) && calls < 50;
         let failing = (0..entries.len()).filter(fails);
         Some(Fault::Entries(failing.map(|n| (n, "InternalFailure".to_owned())).collect()))
     });

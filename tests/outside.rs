@@ -12,6 +12,7 @@ use std::{
     time::Duration,
 };
 
+use base64::{Engine, engine::general_purpose::STANDARD as BASE64};
 use payment_sim::{
     api::pb::{
         common::v1::Money,
@@ -202,11 +203,64 @@ async fn no_secret_card_or_signature_reaches_a_log_or_an_event() {
     }
 }
 
+/// Two live secrets, one of them a key, and every form in which they could leak.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_secret_is_nowhere_in_any_form() {
+    const KEY: &[u8] = b"marked-key-of-24-bytes!!";
+    let key = BASE64.encode(KEY);
+    let secrets = format!("{SECRET}, whsec_{key}");
+    let forms = [SECRET.as_bytes(), KEY]
+        .into_iter()
+        .flat_map(|secret| {
+            let base64 = BASE64.encode(secret).trim_end_matches('=').to_owned();
+            [secret.to_vec(), base64.into_bytes(), hex::encode(secret).into_bytes()]
+        })
+        .collect::<Vec<_>>();
+    let is_clean = |what: &str, bytes: &[u8]| {
+        for form in &forms {
+            let found = bytes.windows(form.len()).any(|window| window == form);
+            assert!(!found, "{} is in {what}", String::from_utf8_lossy(form));
+        }
+    };
+    let bed = Bed::start(|launch| {
+        in_production(launch).with("LOG_LEVEL", "trace").with("WEBHOOK_SECRET", &secrets)
+    })
+    .await;
+    bed.some_calls().await;
+    // A receiver that cannot be reached, and one that may not.
+    for url in ["https://127.0.0.1:9/", "http://10.0.0.1/"] {
+        bed.client().create_payment_intent(create("r", url)).await.expect("created");
+    }
+    for path in ["/metrics", "/health", "/readyz", "/livez"] {
+        is_clean(path, get(bed.launch.ops_port, path).await.expect("an answer").as_bytes());
+    }
+    let files = files(&bed.folder.path().join("data"));
+    assert!(!files.is_empty());
+    let folder = tempfile::tempdir().expect("a folder");
+    let check = |settings: &[(&str, &str)]| {
+        let ran = run(folder.path(), &["--check-config"], settings);
+        is_clean("--check-config", &[ran.stdout, ran.stderr].concat());
+    };
+    check(&[("WEBHOOK_SECRET", &secrets)]);
+    // Also where the start is refused, because of it or of another.
+    check(&[("WEBHOOK_SECRET", &secrets), ("GRPC_PORT", "x")]);
+    check(&[("WEBHOOK_SECRET", &format!("{secrets},"))]);
+    check(&[("WEBHOOK_SECRET", &format!("{secrets},whsec_?"))]);
+    for path in files {
+        is_clean(&path.display().to_string(), &fs::read(&path).unwrap_or_default());
+    }
+    let (log, out) = bed.stop().await;
+    assert!(!log.is_empty() && !out.is_empty());
+    is_clean("the log", log.as_bytes());
+    is_clean("the events", out.as_bytes());
+}
+
 fn in_production(launch: Launch) -> Launch {
     launch
         .with("ENVIRONMENT", "production")
         .with("BIND_ADDRESS", "127.0.0.1")
         .with("WEBHOOK_SECRET", SECRET)
+        .with("WEBHOOK_ALLOW_CIDRS", "127.0.0.0/8")
         .with("SIMULATION_API", "on")
         .with("SIMULATION_TOKEN", TOKEN)
         .with("DRAIN_DELAY_MS", 0)

@@ -15,7 +15,8 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("domain", &[]),
     // Leaves: they know nothing of payments.
     ("clock", &[]),
-    ("config", &[]),
+    ("egress", &[]),
+    ("config", &["egress"]),
     ("log_budget", &["clock"]),
     ("metrics", &[]),
     ("telemetry", &["config"]),
@@ -25,7 +26,7 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("slot", &[]),
     // The data's way.
     ("store", &["domain", "clock", "faults"]),
-    ("courier", &["domain", "clock"]),
+    ("courier", &["domain", "clock", "egress"]),
     ("app", &["domain", "store", "clock", "metrics"]),
     ("driver", &["domain", "store", "clock"]),
     ("scheduler", &["domain", "store", "app", "driver", "clock", "metrics", "faults"]),

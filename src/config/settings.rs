@@ -220,6 +220,10 @@ pub static SETTINGS: &[Setting] = &[
         "Attempts a second to one origin at most; 0: no limit."),
     row(WEBHOOKS, "PAYMENT_WEBHOOK_DLQ_URL", Kind::Url { max_chars: MAX_URL_CHARS }, Unset,
         "SQS queue that gets the webhooks that were given up."),
+    row(WEBHOOKS, "WEBHOOK_ALLOW_CIDRS", Kind::Networks, ByStage { development: "127.0.0.0/8,::1", production: "none" },
+        "Private networks that webhooks may connect to; the internet needs no entry."),
+    row(WEBHOOKS, "WEBHOOK_ALLOW_HOSTS", Kind::Hosts, Fixed("none"),
+        "Host names that may resolve to private addresses."),
 
     row(EVENTS, "EVENT_SINK", Kind::Choice(EventSink::NAMES), ByStage { development: "log", production: "eventbridge" },
         "Where events go; log writes one JSON line each to stdout."),

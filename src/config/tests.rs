@@ -67,6 +67,9 @@ fn the_defaults_are_the_contracts() {
     assert_eq!(c.webhook.origin_concurrency, 64);
     assert_eq!(c.webhook.concurrency, 1_024);
     assert_eq!(c.webhook.dlq_url, None);
+    let loopback = egress::AllowedNetworks::parse("127.0.0.0/8,::1/128").unwrap();
+    let hosts = egress::AllowedHosts::default();
+    assert_eq!(c.webhook.egress, egress::Policy { networks: loopback, hosts });
     assert_eq!(c.events.sink, EventSink::Log);
     assert_eq!(c.events.startup_check, StartupCheck::Warn);
     assert_eq!(c.events.queue_url, None);
@@ -84,6 +87,7 @@ fn production_has_defaults_of_its_own() {
     assert_eq!(c.drain_delay, Duration::from_secs(5));
     assert_eq!(c.events.sink, EventSink::EventBridge);
     assert_eq!(c.log_level, LogLevel::Info);
+    assert_eq!(c.webhook.egress, egress::Policy::default());
 }
 
 #[test]
@@ -273,6 +277,16 @@ const BOUNDS: &[Bounds] = &[
     ("EVENT_STARTUP_CHECK", &["warn", "require", "off"], &["error", "true"]),
     ("PAYMENT_WEBHOOK_QUEUE_URL", &["https://sqs.x.amazonaws.com/123/q"], &["arn:aws:sqs:x:1:q"]),
     ("PAYMENT_WEBHOOK_DLQ_URL", &["http://127.0.0.1:5555/123/q"], &["q", "https://u:p@x/123/q"]),
+    (
+        "WEBHOOK_ALLOW_CIDRS",
+        &["none", "10.0.0.0/8", "10.1.2.3, fd12::/48"],
+        &["10.0.0.1/8", "169.254.169.254", "0.0.0.0/0", "localhost", "10.0.0.0/8,,"],
+    ),
+    (
+        "WEBHOOK_ALLOW_HOSTS",
+        &["none", "reservation-api", "a.example,*.b.example"],
+        &["10.0.0.1", "a:80", "*", "http://a", "a,,b"],
+    ),
     ("EVENT_BUS_NAME", &["b", "arn:aws:events:x:1:event-bus/b"], &["two words", "b\u{e9}"]),
     ("PAYMENT_EVENT_SOURCE", &["a.b"], &["a b"]),
     ("AWS_PROFILE", &["my profile"], &["a\nb"]),
@@ -323,6 +337,20 @@ fn the_sqs_sink_needs_its_queue() {
 }
 
 #[test]
+fn a_bad_entry_of_a_list_is_named_unless_it_may_hold_a_password() {
+    let told = |name, value| bad(&[], [(name, value)])[0].to_string();
+    let networks = told("WEBHOOK_ALLOW_CIDRS", "10.0.0.0/8,169.254.169.254/32");
+    assert!(
+        networks.contains("(169.254.169.254/32 reaches 169.254.0.0/16, which is always"),
+        "{networks}"
+    );
+    let hosts = told("WEBHOOK_ALLOW_HOSTS", "a,10.0.0.1");
+    assert!(hosts.contains("(10.0.0.1 is an address"), "{hosts}");
+    let hidden = told("WEBHOOK_ALLOW_HOSTS", "user:hunter2@host");
+    assert!(hidden.contains("(value not shown)") && !hidden.contains("hunter2"), "{hidden}");
+}
+
+#[test]
 fn secrets_are_a_list_newest_first_with_spaces_cut() {
     let c = config(&[], [("WEBHOOK_SECRET", " new , of last year,whsec_c2VjcmV0 ")]);
     let secrets: Vec<_> = c.webhook.secrets.iter().collect();
@@ -332,7 +360,12 @@ fn secrets_are_a_list_newest_first_with_spaces_cut() {
 
 #[test]
 fn production_refuses_the_default_secret_wherever_it_stands() {
-    for secret in ["payment-sim-dev-secret", "new, payment-sim-dev-secret"] {
+    for secret in [
+        "payment-sim-dev-secret",
+        "new, payment-sim-dev-secret",
+        "whsec_cGF5bWVudC1zaW0tZGV2LXNlY3JldA==",
+        "new,  whsec_cGF5bWVudC1zaW0tZGV2LXNlY3JldA== ,old",
+    ] {
         let found = bad(&[], [("ENVIRONMENT", "production"), ("WEBHOOK_SECRET", secret)]);
         assert_eq!(found[0].name, "WEBHOOK_SECRET");
         assert_eq!(found[0].shown, "(value not shown)");

@@ -9,6 +9,8 @@ use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;
 use url::Url;
 
+use crate::egress::{self, AllowedHosts, AllowedNetworks};
+
 /// An enum whose values have the names that an operator writes.
 macro_rules! choices {
     ($(#[$doc:meta])* $name:ident { $($variant:ident = $text:literal),+ $(,)? }) => {
@@ -103,6 +105,12 @@ impl Secrets {
         allowed.then_some(Self(secrets))
     }
 
+    /// Whether a secret signs as `text` does: as it stands, or as the key that a verifier of it is given.
+    pub fn is_key_of(secret: &str, text: &str) -> bool {
+        let key = secret.strip_prefix(Self::KEY_PREFIX).and_then(|key| BASE64.decode(key).ok());
+        secret == text || key.is_some_and(|key| key == text.as_bytes())
+    }
+
     fn is_allowed(secret: &str) -> bool {
         let key_decodes = match secret.strip_prefix(Self::KEY_PREFIX) {
             Some(key) => BASE64.decode(key).is_ok_and(|bytes| !bytes.is_empty()),
@@ -184,6 +192,8 @@ pub enum Kind {
     },
     Store,
     Secrets,
+    Networks,
+    Hosts,
     Token,
 }
 
@@ -200,6 +210,8 @@ pub enum Value {
     Url(Url),
     Store(StoreUrl),
     Secrets(Secrets),
+    Networks(AllowedNetworks),
+    Hosts(AllowedHosts),
     Token(Token),
 }
 
@@ -233,10 +245,31 @@ impl Kind {
                 Secrets::MAX_CHARS,
                 Secrets::KEY_PREFIX
             ),
+            Self::Networks => format!(
+                "{} or at most {} networks such as 10.1.0.0/16 or fd12::/48, comma-separated; \
+                 metadata, link-local and multicast addresses stay refused",
+                egress::NONE,
+                egress::ENTRIES_MAX
+            ),
+            Self::Hosts => format!(
+                "{} or at most {} host names, comma-separated; *.example.com is every name below example.com",
+                egress::NONE,
+                egress::ENTRIES_MAX
+            ),
             Self::Token => {
                 format!("1 to {} printable ASCII characters without spaces", Token::MAX_CHARS)
             }
         }
+    }
+
+    /// What is wrong with `text`, where [`Kind::allowed`] alone leaves an operator searching in a list.
+    pub fn objection(&self, text: &str) -> Option<String> {
+        let bad = match self {
+            Self::Networks => AllowedNetworks::parse(text).err(),
+            Self::Hosts => AllowedHosts::parse(text).err(),
+            _ => None,
+        };
+        bad.map(|bad| bad.to_string())
     }
 
     /// `None` when `text` is not what [`Kind::allowed`] says.
@@ -281,6 +314,8 @@ impl Kind {
             Self::Url { max_chars } => parse_url(text, *max_chars).map(Value::Url),
             Self::Store => StoreUrl::parse(text).map(Value::Store),
             Self::Secrets => Secrets::parse(text).map(Value::Secrets),
+            Self::Networks => AllowedNetworks::parse(text).ok().map(Value::Networks),
+            Self::Hosts => AllowedHosts::parse(text).ok().map(Value::Hosts),
             Self::Token => Token::parse(text).map(Value::Token),
         }
     }
@@ -323,6 +358,8 @@ from_value! {
     Url: Value::Url(u) => Some(u.clone()),
     StoreUrl: Value::Store(s) => Some(s.clone()),
     Secrets: Value::Secrets(s) => Some(s.clone()),
+    AllowedNetworks: Value::Networks(n) => Some(n.clone()),
+    AllowedHosts: Value::Hosts(h) => Some(h.clone()),
     Token: Value::Token(t) => Some(t.clone()),
 }
 

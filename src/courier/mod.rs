@@ -6,6 +6,7 @@
 pub mod aws;
 mod aws_call;
 pub mod connect;
+mod connection;
 pub mod eventbridge;
 pub mod log;
 pub mod sqs;
@@ -14,7 +15,11 @@ mod tls;
 pub mod webhook;
 
 #[cfg(test)]
+mod connect_tests;
+#[cfg(test)]
 mod eventbridge_tests;
+#[cfg(test)]
+mod http2_tests;
 #[cfg(test)]
 mod receiver;
 #[cfg(test)]

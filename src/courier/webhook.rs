@@ -1,4 +1,4 @@
-//! Webhooks: one signed POST a parcel, over pooled HTTP/1.1 connections.
+//! Webhooks: one signed POST a parcel, over pooled connections, HTTP/2 where the receiver agrees to it.
 
 use std::{
     error::Error,
@@ -16,7 +16,10 @@ use http_body::Body;
 use http_body_util::{BodyExt, Full};
 use hyper::body::Incoming;
 use hyper_util::{
-    client::legacy::{self, Client, connect::Connect},
+    client::legacy::{
+        self, Client,
+        connect::{Connect, capture_connection},
+    },
     rt::{TokioExecutor, TokioTimer},
 };
 use sha2::{Digest, Sha256};
@@ -24,13 +27,16 @@ use url::Url;
 
 use super::{
     Courier, Noted, Parcel, causes,
-    connect::{self, CONNECT_MAX, ConnectTimeout, Connector, LookupFailed},
-    tls,
+    connect::{
+        self, AddressRefused, CONNECT_MAX, ConnectSettings, ConnectTimeout, Connector, LookupFailed,
+    },
+    connection, tls,
 };
 pub use crate::domain::origin::{Origin, origin};
 use crate::{
     clock::Stopwatch,
     domain::{delivery::Attempted, payment::Trace, signature::Signer, time::Timestamp},
+    egress::Policy,
 };
 
 /// How much of a reply's body is read, so that its connection can be used again. A longer one is cut off:
@@ -40,6 +46,15 @@ const REPLY_BODY_MAX_BYTES: usize = 64 * 1024;
 const REPLY_BODY_WAIT: Duration = Duration::from_millis(500);
 /// The most that a reply's head, or one piece of its body, can take; hyper reads up to two pieces ahead.
 const READ_BUFFER_MAX_BYTES: usize = 16 * 1024;
+/// The same for HTTP/2: one frame and one reply's head, what a receiver may send of one body and of all
+/// bodies on a connection before somebody has read, and what we hold that it does not take.
+const FRAME_MAX_BYTES: u32 = 16 * 1024;
+const HEAD_MAX_BYTES: u32 = 16 * 1024;
+const STREAM_WINDOW_BYTES: u32 = 64 * 1024;
+const CONNECTION_WINDOW_BYTES: u32 = 256 * 1024;
+const UNTAKEN_MAX_BYTES: usize = 64 * 1024;
+/// Streams that we have reset and still remember, and those of a receiver that breaks the protocol.
+const RESETS_MAX: usize = 128;
 /// Idle connections are closed before the receiver does it: node and uvicorn wait 5 s, others longer. A
 /// POST that meets a connection just being closed fails, and costs the delivery one of its attempts.
 const IDLE_MAX: Duration = Duration::from_secs(4);
@@ -62,7 +77,7 @@ pub struct WebhookSettings {
     pub idle_per_origin: usize,
 }
 
-/// Generic in how it connects, so that a filter of addresses can be put around [`Connector`].
+/// Generic in how it connects: tests bring connections of their own.
 pub struct WebhookCourier<C = Connector> {
     client: Client<C, Full<Bytes>>,
     signer: Signer,
@@ -71,8 +86,14 @@ pub struct WebhookCourier<C = Connector> {
 
 impl WebhookCourier {
     /// Loads the machine's root certificates: once, at start.
-    pub fn new(settings: WebhookSettings) -> Self {
-        Self::with_connector(connect::connector(tls::with_native_roots(), CONNECT_MAX), settings)
+    pub fn new(policy: Policy, settings: WebhookSettings) -> Self {
+        let connector = connect::connector(ConnectSettings {
+            tls: tls::with_native_roots(),
+            policy,
+            connect_max: CONNECT_MAX,
+            attempt_max: settings.timeout,
+        });
+        Self::with_connector(connector, settings)
     }
 }
 
@@ -86,6 +107,13 @@ impl<C: Connect + Clone + Send + Sync + 'static> WebhookCourier<C> {
             .pool_idle_timeout(IDLE_MAX)
             .pool_max_idle_per_host(settings.idle_per_origin)
             .http1_max_buf_size(READ_BUFFER_MAX_BYTES)
+            .http2_max_frame_size(FRAME_MAX_BYTES)
+            .http2_max_header_list_size(HEAD_MAX_BYTES)
+            .http2_initial_stream_window_size(STREAM_WINDOW_BYTES)
+            .http2_initial_connection_window_size(CONNECTION_WINDOW_BYTES)
+            .http2_max_send_buf_size(UNTAKEN_MAX_BYTES)
+            .http2_max_concurrent_reset_streams(RESETS_MAX)
+            .http2_max_local_error_reset_streams(RESETS_MAX)
             .build(connector);
         Self { client, signer: settings.signer, timeout: settings.timeout }
     }
@@ -94,15 +122,20 @@ impl<C: Connect + Clone + Send + Sync + 'static> WebhookCourier<C> {
         let unsent = Noted { at: now, took: Duration::ZERO, http_status: None };
         // Both were checked when the payment was made; trying again would not mend them.
         let Some(url) = &parcel.url else { return unsent.refused("NO_WEBHOOK_URL") };
-        let Some(request) = self.request(url, parcel, now) else {
+        let Some(mut request) = self.request(url, parcel, now) else {
             return unsent.refused("BAD_URL");
         };
+        let taken = capture_connection(&mut request);
 
         let watch = Stopwatch::start();
         let reply = tokio::time::timeout(self.timeout, self.client.request(request)).await;
         let noted = Noted { took: watch.elapsed(), ..unsent };
-        match reply {
+        let timed_out = reply.is_err();
+        let verdict = match reply {
             Err(_elapsed) => noted.retry("TIMEOUT", None),
+            Ok(Err(error)) if is_caused_by::<AddressRefused>(&error) => {
+                noted.refused("ADDRESS_REFUSED")
+            }
             Ok(Err(error)) => noted.retry(reason(&error), None),
             Ok(Ok(reply)) => {
                 let verdict = judge(reply.status(), reply.headers(), noted);
@@ -111,7 +144,9 @@ impl<C: Connect + Clone + Send + Sync + 'static> WebhookCourier<C> {
                 let _cut_off = tokio::time::timeout(left, read_and_drop(reply.into_body())).await;
                 verdict
             }
-        }
+        };
+        connection::after_use(&taken, timed_out);
+        verdict
     }
 
     fn request(&self, url: &str, parcel: &Parcel, now: Timestamp) -> Option<Request<Full<Bytes>>> {
@@ -153,7 +188,9 @@ impl<C: Connect + Clone + Send + Sync + 'static> Courier for WebhookCourier<C> {
 fn target(url: &str) -> Option<Uri> {
     let url = Url::parse(url).ok()?;
     let is_web = matches!(url.scheme(), "http" | "https") && url.host_str().is_some();
-    is_web.then(|| url.as_str().parse().ok()).flatten()
+    // Never sent: HTTP/2 would carry them in `:authority`.
+    let has_credentials = !url.username().is_empty() || url.password().is_some();
+    (is_web && !has_credentials).then(|| url.as_str().parse().ok()).flatten()
 }
 
 /// The payment's trace, with a span of this attempt's own. Derived, not drawn: an attempt is named by its
@@ -223,6 +260,7 @@ fn reason(error: &legacy::Error) -> &'static str {
     let io =
         causes(error).filter_map(|e| e.downcast_ref::<io::Error>()).last().map(io::Error::kind);
     let http = causes(error).find_map(|e| e.downcast_ref::<hyper::Error>());
+    let http2 = causes(error).find_map(|e| e.downcast_ref::<h2::Error>());
     match io {
         Some(io::ErrorKind::ConnectionRefused) => "CONNECT_REFUSED",
         Some(io::ErrorKind::TimedOut) if error.is_connect() => "CONNECT_TIMEOUT",
@@ -234,6 +272,9 @@ fn reason(error: &legacy::Error) -> &'static str {
             | io::ErrorKind::UnexpectedEof,
         ) => "RESET",
         _ if error.is_connect() => "CONNECT_FAILED",
+        // By frames that break the protocol, or by GOAWAY or RST_STREAM, REFUSED_STREAM among them.
+        _ if http2.is_some_and(h2::Error::is_library) => "MALFORMED_REPLY",
+        _ if http2.is_some_and(h2::Error::is_remote) => "RESET",
         _ => match http {
             Some(e) if e.is_parse() => "MALFORMED_REPLY",
             Some(e) if e.is_incomplete_message() || e.is_canceled() || e.is_closed() => "RESET",

@@ -16,7 +16,7 @@ use hyper_util::{
     rt::TokioIo,
 };
 use rustls::{
-    ServerConfig,
+    ClientConfig, ServerConfig,
     pki_types::{CertificateDer, PrivatePkcs8KeyDer},
 };
 use tokio::{
@@ -26,7 +26,7 @@ use tokio::{
 
 use super::{
     Courier, Parcel,
-    connect::connector,
+    connect::{ConnectSettings, Connector, connector},
     receiver::{Answer, DEADLINE, NOW, Receiver, Seen, deaf_port, parcel},
     tls,
     webhook::{Origin, WebhookCourier, WebhookSettings, origin},
@@ -38,21 +38,31 @@ use crate::{
         signature::Signer,
         time::Timestamp,
     },
+    egress::{AllowedNetworks, Policy},
 };
 
-const SECRET: &str = "a test's secret, 24 bytes at least";
+pub const SECRET: &str = "a test's secret, 24 bytes at least";
 const EMPTY_OK: &str = "HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n";
 const RETRY: Verdict = Verdict::Retry { not_before: None };
 
-fn settings(timeout: Duration) -> WebhookSettings {
+pub fn settings(timeout: Duration) -> WebhookSettings {
     WebhookSettings { signer: Signer::new(&[SECRET]).unwrap(), timeout, idle_per_origin: 64 }
 }
 
-fn courier() -> WebhookCourier {
-    WebhookCourier::new(settings(DEADLINE))
+/// As in development.
+pub fn policy() -> Policy {
+    Policy { networks: AllowedNetworks::parse("127.0.0.0/8,::1").unwrap(), ..Default::default() }
 }
 
-async fn attempt(courier: &impl Courier, parcel: Parcel) -> Attempted {
+fn courier() -> WebhookCourier {
+    WebhookCourier::new(policy(), settings(DEADLINE))
+}
+
+pub fn connecting(tls: ClientConfig, connect_max: Duration) -> Connector {
+    connector(ConnectSettings { tls, policy: policy(), connect_max, attempt_max: DEADLINE })
+}
+
+pub async fn attempt(courier: &impl Courier, parcel: Parcel) -> Attempted {
     let done = tokio::time::timeout(2 * DEADLINE, courier.attempt(&[parcel], NOW)).await.unwrap();
     assert_eq!(done.len(), 1);
     done.into_iter().next().unwrap()
@@ -244,7 +254,7 @@ async fn the_status_is_the_answer_whatever_comes_of_the_body() {
 
 #[tokio::test]
 async fn no_answer_in_time_is_a_timeout_and_the_connection_is_given_up() {
-    let impatient = WebhookCourier::new(settings(Duration::from_millis(300)));
+    let impatient = WebhookCourier::new(policy(), settings(Duration::from_millis(300)));
     let mut receiver = Receiver::start(|n, _| match n {
         0 => Answer::Hang,
         1 => Answer::Drip(b"HTTP/1.1 200 OK\r\nx: ".to_vec()),
@@ -264,9 +274,11 @@ async fn no_answer_in_time_is_a_timeout_and_the_connection_is_given_up() {
 }
 
 /// Counts what is read from the socket.
-struct Counted {
-    stream: TcpStream,
-    read: Arc<AtomicUsize>,
+pub struct Counted {
+    pub stream: TcpStream,
+    pub read: Arc<AtomicUsize>,
+    /// As if the receiver had agreed to HTTP/2 in TLS.
+    pub is_http2: bool,
 }
 
 impl AsyncRead for Counted {
@@ -302,7 +314,8 @@ impl AsyncWrite for Counted {
 
 impl Connection for Counted {
     fn connected(&self) -> Connected {
-        Connected::new()
+        let connected = Connected::new();
+        if self.is_http2 { connected.negotiated_h2() } else { connected }
     }
 }
 
@@ -331,7 +344,7 @@ async fn a_long_body_is_not_read() {
             let read = Arc::clone(&counter);
             Box::pin(async move {
                 let stream = TcpStream::connect(to).await?;
-                io::Result::Ok(TokioIo::new(Counted { stream, read }))
+                io::Result::Ok(TokioIo::new(Counted { stream, read, is_http2: false }))
             })
         });
         let courier = WebhookCourier::with_connector(connect, settings(DEADLINE));
@@ -360,7 +373,7 @@ async fn failures_to_connect_have_names() {
     // Takes the connection and says nothing in TLS.
     let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let https = format!("https://{}/", listener.local_addr().unwrap());
-    let hasty = connector(tls::with_native_roots(), Duration::from_millis(50));
+    let hasty = connecting(tls::with_native_roots(), Duration::from_millis(50));
     let courier = WebhookCourier::with_connector(hasty, settings(DEADLINE));
     let done = attempt(&courier, parcel(1, Some(&https))).await;
     assert_eq!(done.attempt.error.as_deref(), Some("CONNECT_TIMEOUT"));
@@ -414,7 +427,7 @@ async fn https_is_spoken_with_whom_the_roots_vouch_for_and_nobody_else() {
     let (certificate, url, serving) = https_receiver();
     let mut roots = rustls::RootCertStore::empty();
     roots.add(certificate).unwrap();
-    let trusting = connector(tls::with_roots(roots.clone()), DEADLINE);
+    let trusting = connecting(tls::with_roots(roots.clone()), DEADLINE);
     let courier = WebhookCourier::with_connector(trusting, settings(DEADLINE));
     let done = attempt(&courier, parcel(1, Some(&url))).await;
     assert_eq!(done.verdict, Verdict::Accepted, "{done:?}");
@@ -429,7 +442,7 @@ async fn https_is_spoken_with_whom_the_roots_vouch_for_and_nobody_else() {
 #[tokio::test]
 async fn without_root_certificates_http_works() {
     let receiver = Receiver::always(EMPTY_OK).await;
-    let rootless = connector(tls::with_roots(rustls::RootCertStore::empty()), DEADLINE);
+    let rootless = connecting(tls::with_roots(rustls::RootCertStore::empty()), DEADLINE);
     let courier = WebhookCourier::with_connector(rootless, settings(DEADLINE));
     let done = attempt(&courier, parcel(1, Some(&receiver.url()))).await;
     assert_eq!(done.verdict, Verdict::Accepted);

@@ -193,6 +193,9 @@ async fn a_sink_that_is_down_is_left_alone_and_then_probed_by_one_call() {
     let paused = async || bed.events.resumes_at().filter(|at| at.ms() > START_MS);
     let resumes_at = eventually("the sink is paused", paused).await;
     assert_eq!(resumes_at.ms(), START_MS + 500, "three calls that fail together are one failure");
+    let failed = r#"events_published_total{result="retry",sink="eventbridge"} 6"#;
+    let all = async || bed.shared.metrics.render().contains(failed).then_some(());
+    eventually("all three have failed", all).await;
     assert_eq!(bed.events.step().await, 0);
 
     *bed.courier.verdict.lock().unwrap() = Verdict::Accepted;

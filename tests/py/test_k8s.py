@@ -63,6 +63,8 @@ def test_production_needs_its_secret_and_sends_real_events():
     assert not secret["optional"]
     data = manifests["ConfigMap", APP]["data"]
     assert (data["ENVIRONMENT"], data["EVENT_SINK"]) == ("production", "eventbridge")
+    # Private receivers: one name, and no network, loopback included.
+    assert (data["WEBHOOK_ALLOW_CIDRS"], data["WEBHOOK_ALLOW_HOSTS"]) == ("none", "reservation-api")
     labels = manifests["Namespace", "payment-sim"]["metadata"]["labels"]
     assert labels["pod-security.kubernetes.io/enforce"] == "restricted"
 

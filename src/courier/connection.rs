@@ -1,0 +1,128 @@
+//! A connection that can be given up: it takes no further request, and ends when those under way have
+//! had their time.
+//!
+//! HTTP/1.1 ends a connection with its request. HTTP/2 does not, and a receiver that answers nothing but
+//! keeps the connection well would hold it for ever.
+
+use std::{
+    io,
+    pin::Pin,
+    task::{Context, Poll},
+    time::Duration,
+};
+
+use http::Extensions;
+use hyper::rt::{Read, ReadBufCursor, Write};
+use hyper_util::client::legacy::connect::{CaptureConnection, Connected, Connection};
+use tokio::time::Sleep;
+use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
+
+use crate::clock::Stopwatch;
+
+/// No new request goes over a connection older than this: a receiver that moves is found again.
+const AGE_MAX: Duration = Duration::from_secs(60);
+
+/// What an attempt knows of the connection that it took.
+#[derive(Clone)]
+struct Handle {
+    age: Stopwatch,
+    given_up: CancellationToken,
+}
+
+/// To be called when an attempt is over.
+pub fn after_use(taken: &CaptureConnection, timed_out: bool) {
+    let connected = taken.connection_metadata();
+    let Some(connected) = connected.as_ref() else { return };
+    let mut extras = Extensions::new();
+    connected.get_extras(&mut extras);
+    let Some(handle) = extras.get::<Handle>() else { return };
+    if timed_out || handle.age.elapsed() > AGE_MAX {
+        connected.poison();
+        handle.given_up.cancel();
+    }
+}
+
+pub struct Disposable<T> {
+    stream: T,
+    handle: Handle,
+    /// How long what is under way may take when the connection is given up.
+    grace: Duration,
+    end: End,
+}
+
+enum End {
+    NotYet(Pin<Box<WaitForCancellationFutureOwned>>),
+    Near(Pin<Box<Sleep>>),
+}
+
+impl<T> Disposable<T> {
+    pub fn new(stream: T, grace: Duration) -> Self {
+        let given_up = CancellationToken::new();
+        let end = End::NotYet(Box::pin(given_up.clone().cancelled_owned()));
+        let handle = Handle { age: Stopwatch::start(), given_up };
+        Self { stream, handle, grace, end }
+    }
+}
+
+impl<T: Unpin> Disposable<T> {
+    /// The stream, until the end. Whoever is told to wait is also woken at the end.
+    fn alive(&mut self, cx: &mut Context<'_>) -> io::Result<Pin<&mut T>> {
+        if let End::NotYet(given_up) = &mut self.end
+            && given_up.as_mut().poll(cx).is_ready()
+        {
+            self.end = End::Near(Box::pin(tokio::time::sleep(self.grace)));
+        }
+        if let End::Near(end) = &mut self.end
+            && end.as_mut().poll(cx).is_ready()
+        {
+            return Err(io::ErrorKind::TimedOut.into());
+        }
+        Ok(Pin::new(&mut self.stream))
+    }
+}
+
+impl<T: Connection> Connection for Disposable<T> {
+    fn connected(&self) -> Connected {
+        self.stream.connected().extra(self.handle.clone())
+    }
+}
+
+impl<T: Read + Unpin> Read for Disposable<T> {
+    fn poll_read(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: ReadBufCursor<'_>,
+    ) -> Poll<io::Result<()>> {
+        self.get_mut().alive(cx)?.poll_read(cx, buf)
+    }
+}
+
+impl<T: Write + Unpin> Write for Disposable<T> {
+    fn poll_write(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        self.get_mut().alive(cx)?.poll_write(cx, buf)
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.get_mut().alive(cx)?.poll_flush(cx)
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.get_mut().alive(cx)?.poll_shutdown(cx)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.stream.is_write_vectored()
+    }
+
+    fn poll_write_vectored(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bufs: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        self.get_mut().alive(cx)?.poll_write_vectored(cx, bufs)
+    }
+}
