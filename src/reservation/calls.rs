@@ -20,7 +20,7 @@ use url::Url;
 use super::decision::Action;
 use crate::{
     config::{ApiStyle, ReservationApiConfig},
-    courier::tls,
+    courier::{connect::CONNECT_MAX, tls},
 };
 
 /// What is read of a reply, so that its connection can be used again. Only the status counts.
@@ -89,11 +89,22 @@ pub struct HttpReservations {
 impl HttpReservations {
     /// Loads the machine's root certificates: once, at start. `idle` connections are kept.
     pub fn new(config: &ReservationApiConfig, idle: usize) -> Self {
+        let mut tcp = HttpConnector::new();
+        tcp.set_nodelay(true);
+        tcp.set_connect_timeout(Some(CONNECT_MAX));
+        // https goes through it too.
+        tcp.enforce_http(false);
+        // No filter of addresses: the operator names this one.
+        let connector = HttpsConnectorBuilder::new()
+            .with_tls_config(tls::with_native_roots())
+            .https_or_http()
+            .enable_http1()
+            .wrap_connector(tcp);
         let client = Client::builder(TokioExecutor::new())
             .pool_timer(TokioTimer::new())
             .pool_idle_timeout(IDLE_MAX)
             .pool_max_idle_per_host(idle)
-            .build(connector());
+            .build(connector);
         Self { client, base: config.url.clone(), style: config.style, timeout: config.timeout }
     }
 
@@ -119,19 +130,6 @@ impl Reservations for HttpReservations {
             Ok(Ok(status)) => judge(status),
         }
     }
-}
-
-/// http and https, to whatever address the name has: unlike a webhook's URL this one is the operator's.
-fn connector() -> HttpsConnector<HttpConnector> {
-    let mut tcp = HttpConnector::new();
-    tcp.set_nodelay(true);
-    // https goes through it too.
-    tcp.enforce_http(false);
-    HttpsConnectorBuilder::new()
-        .with_tls_config(tls::with_native_roots())
-        .https_or_http()
-        .enable_http1()
-        .wrap_connector(tcp)
 }
 
 fn request(

@@ -26,7 +26,7 @@ use super::{
 use crate::clock::{Clock, Stopwatch};
 
 /// Nothing here waits longer than this for something that must come.
-pub const DEADLINE: Duration = Duration::from_secs(60);
+pub const DEADLINE: Duration = Duration::from_secs(120);
 pub const VISIBILITY: Duration = Duration::from_secs(30);
 /// Receipts of a message before it goes to the dead-letter queue.
 const RECEIVES_MAX: usize = 5;
