@@ -4,7 +4,7 @@ use std::process::ExitCode;
 
 use payment_sim::{
     config::{self, Config, Invocation},
-    healthcheck,
+    healthcheck, process,
     runtime::{self, Listeners},
     telemetry,
 };
@@ -21,6 +21,7 @@ fn main() -> ExitCode {
     if let Err(error) = telemetry::init(config.stage, config.log_level) {
         return give_up(&error);
     }
+    process::raise_descriptor_limit();
     match Listeners::bind(&config) {
         Ok(listeners) => runtime::run(&config, listeners),
         Err(error) => give_up(&error),

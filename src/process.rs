@@ -2,6 +2,7 @@
 
 use std::{future::Future, io, thread, time::Duration};
 
+use rustix::process::{Resource, getrlimit, setrlimit};
 use tokio::{
     signal::unix::{SignalKind, signal},
     task::{AbortHandle, JoinSet},
@@ -13,6 +14,16 @@ pub const EXIT_SOFTWARE: u8 = 70;
 pub const EXIT_STORE_FAILED: u8 = 74;
 /// As shells report an interrupt: the second signal asks for an end at once.
 const EXIT_INTERRUPTED: i32 = 130;
+
+/// As many descriptors as the system allows. The soft limit, 1,024 as a rule, is there for programs that
+/// use `select`; a server with as many connections would meet it in the store's next file.
+pub fn raise_descriptor_limit() {
+    let mut limit = getrlimit(Resource::Nofile);
+    limit.current = limit.maximum;
+    if let Err(error) = setrlimit(Resource::Nofile, limit) {
+        tracing::warn!(%error, "the limit of open files could not be raised");
+    }
+}
 
 /// Long tasks, by name. None of them ends by itself while the service runs.
 #[derive(Default)]

@@ -610,3 +610,22 @@ fn names_and_sizes(folder: &Path) -> Vec<(std::path::PathBuf, u64)> {
     found.sort();
     found
 }
+
+#[cfg(target_os = "linux")]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn it_may_open_as_many_files_as_the_system_allows() {
+    let folder = tempfile::tempdir().unwrap();
+    let launch = Launch::new(folder.path()).under(&[
+        "sh",
+        "-c",
+        "ulimit -Sn 256; ulimit -Hn 5000; exec \"$0\"",
+    ]);
+    let mut service = launch.start();
+    service.ready(READY_WITHIN).await.unwrap();
+    let limits = fs::read_to_string(format!("/proc/{}/limits", service.id())).unwrap();
+    let line = limits.lines().find(|line| line.starts_with("Max open files")).unwrap();
+    let [soft, hard]: [&str; 2] =
+        line.split_whitespace().skip(3).take(2).collect::<Vec<_>>().try_into().unwrap();
+    assert_eq!((soft, hard), ("5000", "5000"));
+    service.kill();
+}

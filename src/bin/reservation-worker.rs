@@ -4,7 +4,7 @@ use std::process::ExitCode;
 
 use payment_sim::{
     config::{self, Invocation, WorkerConfig},
-    healthcheck,
+    healthcheck, process,
     reservation::run,
     telemetry,
 };
@@ -21,6 +21,7 @@ fn main() -> ExitCode {
     if let Err(error) = telemetry::init(config.stage, config.log_level) {
         return give_up(&error);
     }
+    process::raise_descriptor_limit();
     match run::bind(&config) {
         Ok(ops) => run::run(&config, ops),
         Err(error) => give_up(&error),
