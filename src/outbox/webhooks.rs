@@ -20,7 +20,7 @@ use crate::{
         delivery::{Attempt, Attempted, Channel, Verdict},
         time::Timestamp,
     },
-    driver::Step,
+    driver::{self, Step},
     store::{Lease, StoreError, Work},
 };
 
@@ -168,10 +168,14 @@ impl Step for Webhooks {
     }
 
     async fn step(&self) -> usize {
-        self.post_due().await.unwrap_or_else(|error| {
-            tracing::warn!(%error, "owed webhooks could not be read");
-            0
-        })
+        match self.post_due().await {
+            Ok(taken) => taken,
+            Err(error) => {
+                tracing::warn!(%error, "owed webhooks could not be read");
+                driver::pause_after_failure().await;
+                0
+            }
+        }
     }
 
     fn wakes_at(&self) -> Option<Timestamp> {
