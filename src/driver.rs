@@ -34,6 +34,12 @@ pub trait Step: Send + Sync + 'static {
     }
 }
 
+/// After a step that failed. What it had leased is given back, which wakes the loop at once: without a
+/// pause it would spin, and keep its thread from everything else.
+pub async fn pause_after_failure() {
+    tokio::time::sleep(BLOCKED).await;
+}
+
 /// Runs until cancelled. It may stop between any two steps without losing or doubling anything.
 pub async fn drive(
     step: &dyn Step,

@@ -11,7 +11,7 @@ use crate::{
         payment::{Command, Payment},
         time::Timestamp,
     },
-    driver::Step,
+    driver::{self, Step},
     metrics::Metrics,
     store::{Change, Commit, Committed, Store, StoreError, Work},
 };
@@ -32,10 +32,14 @@ impl Step for Scheduler {
     }
 
     async fn step(&self) -> usize {
-        self.wake_due().await.unwrap_or_else(|error| {
-            tracing::warn!(%error, "due payments could not be woken");
-            0
-        })
+        match self.wake_due().await {
+            Ok(taken) => taken,
+            Err(error) => {
+                tracing::warn!(%error, "due payments could not be woken");
+                driver::pause_after_failure().await;
+                0
+            }
+        }
     }
 }
 

@@ -16,7 +16,7 @@ use crate::{
         delivery::{Attempted, Channel, RetryPolicy, Verdict},
         time::Timestamp,
     },
-    driver::Step,
+    driver::{self, Step},
     store::{Lease, StoreError, Work},
 };
 
@@ -187,10 +187,14 @@ impl Step for Batches {
     }
 
     async fn step(&self) -> usize {
-        self.send_due().await.unwrap_or_else(|error| {
-            tracing::warn!(%error, sink = self.mail.name(), "what is owed could not be read");
-            0
-        })
+        match self.send_due().await {
+            Ok(taken) => taken,
+            Err(error) => {
+                tracing::warn!(%error, sink = self.mail.name(), "what is owed could not be read");
+                driver::pause_after_failure().await;
+                0
+            }
+        }
     }
 
     fn resumes_at(&self) -> Option<Timestamp> {

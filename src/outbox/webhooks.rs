@@ -20,12 +20,15 @@ use crate::{
         delivery::{Attempt, Attempted, Channel, Verdict},
         time::Timestamp,
     },
-    driver::Step,
+    driver::{self, Step},
     store::{Lease, StoreError, Work},
 };
 
 /// Webhooks leased in one step.
 const LEASE_MAX: usize = 256;
+/// Webhooks of the lanes that are begun or withheld in one step: whatever falls due meanwhile is looked at
+/// in between, however long a lane is.
+const STEP_MAX: usize = 256;
 /// Up to so many that wait for a place keep their parcel; the others are read again.
 const PARCELS_KEPT: usize = 1_024;
 const ORIGIN_DOWN: &str = "ORIGIN_DOWN";
@@ -75,14 +78,16 @@ impl Webhooks {
         let now = self.shared.now();
         let taken_in = self.take_in(now).await?;
         let mut gone = 0;
-        while let Some((origin, waiting, turn)) = self.next(now) {
+        while gone < STEP_MAX
+            && let Some((origin, waiting, turn)) = self.next(now)
+        {
+            gone += 1;
             let place = Place::new(self, origin, turn);
             let read = match waiting.parcel {
                 Some(parcel) => Some((waiting.lease, *parcel)),
                 None => self.shared.parcel(waiting.lease, Channel::Webhook, now).await?,
             };
             let Some((lease, parcel)) = read else { continue };
-            gone += 1;
             match place {
                 Some(place) => self.start(lease, parcel, place, now),
                 None => self.withhold(lease, parcel.n, now).await,
@@ -163,10 +168,14 @@ impl Step for Webhooks {
     }
 
     async fn step(&self) -> usize {
-        self.post_due().await.unwrap_or_else(|error| {
-            tracing::warn!(%error, "owed webhooks could not be read");
-            0
-        })
+        match self.post_due().await {
+            Ok(taken) => taken,
+            Err(error) => {
+                tracing::warn!(%error, "owed webhooks could not be read");
+                driver::pause_after_failure().await;
+                0
+            }
+        }
     }
 
     fn wakes_at(&self) -> Option<Timestamp> {

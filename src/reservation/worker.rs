@@ -215,16 +215,18 @@ impl Worker {
                 Ok(Outcome::Malformed)
             }
             Decision::Apply(action) => {
-                let outcome = self.tell(event, action).await;
+                let (outcome, is_open) = self.tell(event, action).await;
                 let applied = Applied { payment, version: event.version, event: Some(this) };
                 match outcome {
                     Outcome::Confirmed | Outcome::Cancelled => self.remember(applied).await?,
                     // A call may have been heard: nothing older may come after it.
-                    Outcome::GaveUp | Outcome::Interrupted => {
+                    Outcome::Refused | Outcome::GaveUp | Outcome::Interrupted if is_open => {
                         self.remember(Applied { event: None, ..applied }).await?;
                     }
-                    // Refused for good: nothing has happened.
+                    // Refused at once: nothing has happened.
                     Outcome::Refused
+                    | Outcome::GaveUp
+                    | Outcome::Interrupted
                     | Outcome::Duplicate
                     | Outcome::Stale
                     | Outcome::NoEffect
@@ -241,8 +243,9 @@ impl Worker {
         Ok(())
     }
 
-    /// Calls until it is done, refused for good, or enough.
-    async fn tell(&self, event: &Event, action: Action) -> Outcome {
+    /// Calls until it is done, refused for good, or enough; and whether what came of one of the calls
+    /// is not known.
+    async fn tell(&self, event: &Event, action: Action) -> (Outcome, bool) {
         let event_id = event.id.as_str();
         let order = Order {
             action,
@@ -255,10 +258,10 @@ impl Worker {
         loop {
             attempt += 1;
             let why = match self.call(order).await {
-                Told::Done => return done(action),
+                Told::Done => return (done(action), false),
                 Told::Refused(why) => {
                     self.tell_of(|| tracing::warn!(event_id, why, "a reservation was refused"));
-                    return Outcome::Refused;
+                    return (Outcome::Refused, attempt > 1);
                 }
                 Told::Retry(why) => why,
             };
@@ -267,11 +270,11 @@ impl Worker {
                 self.tell_of(|| {
                     tracing::warn!(event_id, why, attempt, "a reservation was given up")
                 });
-                return Outcome::GaveUp;
+                return (Outcome::GaveUp, true);
             }
             tracing::debug!(event_id, why, attempt, "a reservation is told again");
             tokio::select! {
-                () = self.stop.cancelled() => return Outcome::Interrupted,
+                () = self.stop.cancelled() => return (Outcome::Interrupted, true),
                 () = self.parts.clock.sleep_until_ms(now.plus(wait).ms()) => {}
             }
         }

@@ -169,6 +169,22 @@ async fn a_final_refusal_is_left_to_the_redrive_policy_and_is_no_effect() {
 }
 
 #[tokio::test]
+async fn a_refusal_after_a_call_that_may_have_been_heard_lets_nothing_older_through() {
+    let api = Api::new(|call, before| match (call.event_id.as_str(), before) {
+        ("e3", 0) => Told::Retry("no answer in time".into()),
+        ("e3", _) => Told::Refused("HTTP 409".into()),
+        _ => Told::Done,
+    });
+    let m = manual(api);
+    m.bed.queue.send([body("e3", "p", "REFUNDED", 3)]);
+    m.advance_until(Duration::from_millis(50), |bed| bed.count(Outcome::Refused) == 1).await;
+    m.bed.queue.send([body("e2", "p", "COMPLETED", 2)]);
+    until(|| m.bed.count(Outcome::Stale) + m.bed.count(Outcome::Confirmed) == 1).await;
+    assert_eq!(m.bed.count(Outcome::Confirmed), 0, "a confirm came after the cancel");
+    m.bed.stop().await.unwrap();
+}
+
+#[tokio::test]
 async fn a_failure_is_tried_again_while_the_message_stays_in_hand() {
     let api = Api::new(|_, before| match before {
         0..4 => Told::Retry("HTTP 503".into()),

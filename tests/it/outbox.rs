@@ -1,13 +1,15 @@
 //! Batches: how many calls are under way, what goes into each, and what a sink that is down is spared.
+//! Webhooks: what one step takes.
 
 use std::{
+    cell::Cell,
     sync::{Arc, Mutex},
     time::Duration,
 };
 
 use async_trait::async_trait;
 use payment_sim::{
-    app::{App, Caller},
+    app::{App, Caller, NewPayment},
     clock::ManualClock,
     courier::{Courier, Parcel},
     domain::{
@@ -17,7 +19,7 @@ use payment_sim::{
         time::Timestamp,
     },
     driver::Step,
-    outbox::{Batches, Finisher, Jitter, Mail, Policies, RETRIES, Shared},
+    outbox::{Batches, Finisher, Jitter, Mail, Policies, RETRIES, Shared, WebhookLimits, Webhooks},
     store::Work,
 };
 use tokio::{sync::Semaphore, task::JoinSet};
@@ -208,4 +210,47 @@ async fn a_sink_that_is_down_is_left_alone_and_then_probed_by_one_call() {
     assert_eq!(bed.step().await + bed.step().await, 4);
     bed.end(2, 0).await;
     bed.drain().await;
+}
+
+/// Whoever falls due meanwhile does not wait until the backlog of an origin that went down is counted off.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_step_takes_so_many_of_a_backlog_and_no_more() {
+    const BACKLOG: usize = 1_500;
+    let clock = ManualClock::at_ms(START_MS);
+    let (shared, app) = outbox(&clock);
+    let courier = Arc::new(Held {
+        calls: Mutex::default(),
+        ends: Semaphore::new(0),
+        verdict: Mutex::new(Verdict::Retry { not_before: None }),
+    });
+    let jitter: Jitter = Arc::new(|| 1.0);
+    let policies = Policies { batched: RETRIES, webhook: RETRIES };
+    let (finisher, done) = Finisher::new(shared.clone(), policies, Arc::clone(&jitter));
+    let mut finishing = JoinSet::new();
+    finishing.spawn(finisher.run());
+    let limits = WebhookLimits { concurrency: 100, origin_concurrency: 10, origin_max_rps: None };
+    let webhooks = Webhooks::new(shared.clone(), courier.clone(), limits, done);
+    for _ in 0..BACKLOG {
+        let webhook_url = Some("http://down.example/hook".to_owned());
+        app.create(NewPayment { webhook_url, ..new_payment("r") }, None).await.unwrap();
+    }
+    // All of it is taken in, and ten are under way.
+    while webhooks.step().await > 0 {}
+    let under_way = async || (courier.calls.lock().unwrap().len() == 10).then_some(());
+    eventually("ten are under way", under_way).await;
+    // They fail, and with them the origin.
+    courier.ends.add_permits(10);
+    let most = Cell::new(0);
+    let withheld = async || {
+        most.set(most.get().max(webhooks.step().await));
+        let left = BACKLOG - courier.calls.lock().unwrap().len();
+        let withheld = format!("webhook_deliveries_total{{result=\"withheld\"}} {left}\n");
+        shared.metrics.render().contains(&withheld).then_some(())
+    };
+    eventually("the backlog is counted off", withheld).await;
+    assert!((1..=256).contains(&most.get()), "{} in one step", most.get());
+    // The probe goes on until it is abandoned.
+    webhooks.drain(Duration::ZERO).await;
+    drop(webhooks);
+    finishing.join_next().await;
 }
