@@ -13,6 +13,7 @@ use payment_sim::{
             Delivery, GetPaymentIntentRequest, GetPaymentIntentResponse, ListPaymentsRequest,
             Payment, PaymentScenario as Scenario, PaymentStatus as Status, TimelineEntry,
         },
+        simulation::v1::{DeliveryFilter, ListDeliveriesRequest},
     },
     clock::Stopwatch,
 };
@@ -21,8 +22,8 @@ use tokio::task::JoinSet;
 use tonic::Code;
 
 use crate::{
+    arrival::{Arrival, Carrier, Channel, Told},
     driver::{CURRENCY, Call, Create, Driver, Story, Timing},
-    sink::{Arrival, Channel, Told},
     support::chance::Chance,
 };
 
@@ -85,10 +86,14 @@ pub struct Seen {
     unacknowledged: usize,
     refunds: usize,
     cancelled: usize,
-    events: usize,
-    webhooks: usize,
+    /// Events by carrier, then webhooks and letters; refused ones and repeats included.
+    arrivals: BTreeMap<Carrier, usize>,
     /// Arrivals of what had arrived before.
     repeats: usize,
+    /// Events that the bus or the queue refused for good.
+    refused: usize,
+    dead_events: usize,
+    dead_webhooks: usize,
     replays: usize,
     reuses: usize,
 }
@@ -96,17 +101,14 @@ pub struct Seen {
 impl Seen {
     fn of(stored: &Stored, story: &Story, told: &Arrived) -> Self {
         let payments = || stored.values().filter_map(|reply| reply.payment.as_ref());
-        let arrived = |channel| {
-            told.by_payment.values().flatten().filter(move |told| told.channel == channel)
+        let told = || told.by_payment.values().flatten();
+        let mut arrivals: BTreeMap<Carrier, usize> = BTreeMap::new();
+        told().for_each(|told| *arrivals.entry(told.carrier).or_default() += 1);
+        let first: HashSet<_> = told().map(|told| (told.channel(), &told.body.event_id)).collect();
+        let dead = |channel: Channel| {
+            let all = stored.values().flat_map(|reply| &reply.deliveries);
+            all.filter(|d| d.state == "DEAD" && d.channel == channel.name()).count()
         };
-        let (events, webhooks) = (arrived(Channel::Event), arrived(Channel::Webhook));
-        let arrivals: usize = told.by_payment.values().map(Vec::len).sum();
-        let first: HashSet<_> = told
-            .by_payment
-            .values()
-            .flatten()
-            .map(|told| (told.channel, &told.body.event_id))
-            .collect();
         Self {
             payments: stored.len(),
             unacknowledged: payments()
@@ -114,9 +116,13 @@ impl Seen {
                 .count(),
             refunds: payments().map(|payment| payment.refunds.len()).sum(),
             cancelled: payments().filter(|p| p.status() == Status::Cancelled).count(),
-            events: events.count(),
-            webhooks: webhooks.count(),
-            repeats: arrivals - first.len(),
+            repeats: told().count() - first.len(),
+            refused: told()
+                .filter(|told| told.channel() == Channel::Event && told.is_refused())
+                .count(),
+            arrivals,
+            dead_events: dead(Channel::Event),
+            dead_webhooks: dead(Channel::Webhook),
             replays: story.acks.values().flatten().filter(|ack| ack.replayed).count(),
             reuses: story.reused.len(),
         }
@@ -125,15 +131,57 @@ impl Seen {
 
 impl std::fmt::Display for Seen {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let Self { payments, unacknowledged, refunds, cancelled, .. } = self;
-        let Self { events, webhooks, repeats, replays, reuses, .. } = self;
-        write!(
+        let Self { payments, unacknowledged, refunds, cancelled, arrivals, repeats, .. } = self;
+        let Self { refused, dead_events, dead_webhooks, replays, reuses, .. } = self;
+        let came = |carrier| arrivals.get(&carrier).copied().unwrap_or(0);
+        let (bus, queue, stdout) =
+            (came(Carrier::Bus), came(Carrier::Queue), came(Carrier::Stdout));
+        let (webhooks, letters) = (came(Carrier::Webhook), came(Carrier::Letter));
+        writeln!(
             f,
             "{payments} payments ({unacknowledged} unacknowledged, {cancelled} cancelled), {refunds} \
-             refunds, {events} events and {webhooks} webhooks ({repeats} of them repeats), {replays} \
-             replays, {reuses} keys reused"
+             refunds, {replays} replays, {reuses} keys reused"
+        )?;
+        write!(
+            f,
+            "  {bus} events over the bus, {queue} over the queue, {stdout} on stdout ({refused} refused, \
+             {dead_events} dead), {webhooks} webhooks ({dead_webhooks} dead), {letters} letters; {repeats} \
+             of all are repeats"
         )
     }
+}
+
+/// Checks what holds at any moment, whatever is away: what is decided is delivered, dead or owed. Asks
+/// the service for these payments, and then for the journals.
+pub async fn check_books(
+    driver: &Arc<Driver>,
+    ids: &BTreeSet<String>,
+    journals: impl AsyncFnOnce() -> (Story, Vec<Arrival>),
+    stdout: Stdout,
+) -> Result<Found, String> {
+    let mut found = Found::default();
+    let ids: Vec<String> = ids.iter().cloned().collect();
+    let replies = get_all(driver, &ids).await?;
+    let (story, arrivals) = journals().await;
+    let told = sort(arrivals, &mut found);
+    for (id, reply) in replies {
+        match reply {
+            None => found.add(I1_ACKNOWLEDGED, &[&id], "is not there"),
+            Some(reply) => {
+                let case = Case::of(&reply, &told, &story);
+                case.check_told(&case.changes(), stdout, &mut found);
+            }
+        }
+    }
+    Ok(found)
+}
+
+/// Whether what the service wrote to its standard output is in the journal.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stdout {
+    Read,
+    /// Some of it may still be in the pipe.
+    Behind,
 }
 
 /// Waits until nothing is owed any more, then checks everything.
@@ -152,6 +200,7 @@ pub async fn check(
     let told = sort(arrivals().await, &mut found);
 
     check_list(&stored, &list(driver).await?, &mut found);
+    check_standing(driver, &stored, &mut found).await?;
     check_creates(&stored, story, &created, &mut found);
     check_commands(&stored, story, &mut found);
     check_keys(&stored, story, &mut found);
@@ -320,6 +369,44 @@ fn check_list(stored: &Stored, listed: &[Payment], found: &mut Found) {
     }
 }
 
+/// By state, the simulation API lists the same deliveries: nothing owed, and all that is dead.
+async fn check_standing(
+    driver: &Arc<Driver>,
+    stored: &Stored,
+    found: &mut Found,
+) -> Result<(), String> {
+    for state in ["OWED", "HELD", "DEAD"] {
+        let listed = list_deliveries(driver, state).await?;
+        let deliveries = stored.values().flat_map(|reply| &reply.deliveries);
+        let read: BTreeSet<String> =
+            deliveries.filter(|d| d.state == state).map(|d| d.delivery_id.clone()).collect();
+        for id in listed.symmetric_difference(&read) {
+            let (listed, read) = (listed.contains(id), read.contains(id));
+            let what = format!("{id} is {state}: listed so {listed}, read so {read}");
+            found.add(I3_TOLD, &[id], what);
+        }
+    }
+    Ok(())
+}
+
+async fn list_deliveries(driver: &Arc<Driver>, state: &str) -> Result<BTreeSet<String>, String> {
+    let mut client = driver.simulation.clone();
+    let mut listed = BTreeSet::new();
+    let mut cursor = String::new();
+    loop {
+        let filter = Some(DeliveryFilter { state: state.to_owned(), ..Default::default() });
+        let request = ListDeliveriesRequest { filter, page_size: PAGE_SIZE, cursor };
+        let page = client.list_deliveries(request).await;
+        let page = page.map_err(|e| format!("a list of deliveries: {e}"))?.into_inner();
+        let deliveries = page.deliveries.into_iter().filter_map(|listed| listed.delivery);
+        listed.extend(deliveries.map(|delivery| delivery.delivery_id));
+        if page.next_cursor.is_empty() {
+            return Ok(listed);
+        }
+        cursor = page.next_cursor;
+    }
+}
+
 fn check_creates(
     stored: &Stored,
     story: &Story,
@@ -447,7 +534,8 @@ struct Case<'a> {
     told: &'a [Told],
     /// The delays of the services that its create was sent to.
     timings: Vec<Timing>,
-    has_webhook: bool,
+    /// Empty: none.
+    webhook_url: &'a str,
 }
 
 /// A change that others are told of.
@@ -458,10 +546,13 @@ struct Change<'a> {
 }
 
 impl<'a> Case<'a> {
-    fn of(reply: &'a GetPaymentIntentResponse, told: &'a Arrived, story: &Story) -> Self {
+    fn of(reply: &'a GetPaymentIntentResponse, told: &'a Arrived, story: &'a Story) -> Self {
         let payment = reply.payment.as_ref().expect("a reply has a payment");
         let send = story.sends.get(&payment.reservation_id);
-        let has_webhook = matches!(send, Some((Call::Create(create), _)) if create.webhook);
+        let webhook_url = match send {
+            Some((Call::Create(create), _)) => create.webhook_url.as_str(),
+            _ => "",
+        };
         let timings = send.map(|(_, sends)| sends.iter().map(|(_, timing)| *timing).collect());
         Self {
             id: &payment.payment_intent_id,
@@ -469,14 +560,15 @@ impl<'a> Case<'a> {
             deliveries: &reply.deliveries,
             told: told.by_payment.get(&payment.payment_intent_id).map_or(&[], Vec::as_slice),
             timings: timings.unwrap_or_default(),
-            has_webhook,
+            webhook_url,
         }
     }
 
     fn check(&self, found: &mut Found) {
         let changes = self.changes();
         self.check_decision(&changes, found);
-        self.check_told(&changes, found);
+        self.check_told(&changes, Stdout::Read, found);
+        self.check_letters(found);
         self.check_repeats(&changes, found);
         self.check_order(found);
         self.check_sums(found);
@@ -533,56 +625,100 @@ impl<'a> Case<'a> {
         });
     }
 
-    fn check_told(&self, changes: &[Change<'_>], found: &mut Found) {
-        let names = self.names();
+    fn delivery(&self, n: usize, channel: Channel) -> Option<&Delivery> {
+        let bare = self.id.trim_start_matches("pi_");
+        let name = format!("dlv_{bare}_{n}_{}", channel.name());
+        self.deliveries.iter().find(|delivery| delivery.delivery_id == name)
+    }
+
+    /// What is owed is not told yet, which is in order; how long it may stay so is another invariant's.
+    fn check_told(&self, changes: &[Change<'_>], stdout: Stdout, found: &mut Found) {
         for change in changes {
-            let event_id = self.event_id(change.n);
-            let arrived = |channel| {
-                let mut all = self.told.iter();
-                all.any(move |told| {
-                    told.channel == channel
-                        && told.body.event_id == event_id
-                        && told.answer == Some(200)
-                })
-            };
-            let what = format!("n. {}, {}", change.n, change.entry.status().as_str_name());
-            let state = |channel| {
-                let bare = self.id.trim_start_matches("pi_");
-                let name = format!("dlv_{bare}_{}_{channel}", change.n);
-                let mut all = self.deliveries.iter();
-                all.find(|delivery| delivery.delivery_id == name).map(|d| d.state.as_str())
-            };
-            let event = state("event");
-            found.unless(event == Some("DELIVERED"), I3_TOLD, &names, || {
-                format!("{what}: its event is {event:?}")
-            });
-            found.unless(arrived.clone()(Channel::Event), I3_TOLD, &names, || {
-                format!("{what}: its event never arrived")
-            });
-            if !self.has_webhook {
+            self.check_told_by(Channel::Event, change, stdout, found);
+            if self.webhook_url.is_empty() {
                 continue;
             }
-            let webhook = state("webhook");
-            found.unless(matches!(webhook, Some("DELIVERED" | "DEAD")), I3_TOLD, &names, || {
-                format!("{what}: its webhook is {webhook:?}")
-            });
-            let missed = webhook == Some("DELIVERED") && !arrived(Channel::Webhook);
-            found.unless(!missed, I3_TOLD, &names, || format!("{what}: its webhook never arrived"));
+            self.check_told_by(Channel::Webhook, change, stdout, found);
+            let webhook = self.delivery(change.n, Channel::Webhook);
+            if webhook.is_some_and(|webhook| webhook.state == "DEAD") {
+                self.check_told_by(Channel::Letter, change, stdout, found);
+            }
         }
     }
 
-    /// One id, one body, over both channels, and the body says what the timeline says.
+    fn check_told_by(
+        &self,
+        channel: Channel,
+        change: &Change<'_>,
+        stdout: Stdout,
+        found: &mut Found,
+    ) {
+        let event_id = self.event_id(change.n);
+        let mut arrived = self
+            .told
+            .iter()
+            .filter(|told| told.channel() == channel && told.body.event_id == event_id);
+        let is_unread = channel == Channel::Event && stdout == Stdout::Behind;
+        let state = self.delivery(change.n, channel).map(|delivery| delivery.state.as_str());
+        let why = match (state, channel) {
+            (Some("OWED" | "HELD"), _) => return,
+            (Some("DELIVERED"), _) if is_unread || arrived.any(Told::is_taken) => return,
+            (Some("DELIVERED"), _) => "is delivered, and yet it never arrived".to_owned(),
+            (Some("DEAD"), Channel::Webhook) => return,
+            (Some("DEAD"), Channel::Event) if arrived.any(Told::is_refused) => return,
+            (Some("DEAD"), Channel::Event) => "is dead, and yet nobody refused it".to_owned(),
+            _ => format!("is {state:?}"),
+        };
+        let (n, status) = (change.n, change.entry.status().as_str_name());
+        let what = format!("n. {n}, {status}: its {} {why}", channel.name());
+        found.add(I3_TOLD, &self.names(), what);
+    }
+
+    /// A letter is about a webhook that was given up, and tells its story.
+    fn check_letters(&self, found: &mut Found) {
+        let names = self.names();
+        for told in self.told {
+            let Some(letter) = &told.letter else { continue };
+            let id = &told.body.event_id;
+            let webhook = self.delivery(number(id), Channel::Webhook);
+            let Some(dead) = webhook.filter(|webhook| webhook.state == "DEAD") else {
+                let state = webhook.map(|webhook| &webhook.state);
+                found.add(I4_NO_PHANTOM, &names, format!("a letter of {id}, which is {state:?}"));
+                continue;
+            };
+            let last_error = dead.attempts.last().map_or("", |attempt| attempt.error.as_str());
+            let attempts = dead.attempts_made.to_string();
+            let says = (&letter.event_id, &letter.event_type, &letter.webhook_url);
+            let is = (id, &dead.event_type, &dead.url);
+            let tells_why = (&*letter.reason, &*letter.attempts) == (last_error, &*attempts);
+            found.unless(says == is && tells_why, I7_SAME_BYTES, &names, || {
+                format!("{letter:?} is about {dead:?}")
+            });
+        }
+    }
+
+    /// One id, one body, over all channels, and the body says what the timeline says.
     fn check_repeats(&self, changes: &[Change<'_>], found: &mut Found) {
         let names = self.names();
         let mut bodies: BTreeMap<&str, &Told> = BTreeMap::new();
+        let mut wholes: BTreeMap<(Carrier, &str), &Told> = BTreeMap::new();
         for told in self.told {
             let id = told.body.event_id.as_str();
             found.unless(told.id == id, I7_SAME_BYTES, &names, || {
-                format!("{:?} {} carries {id}", told.channel, told.id)
+                format!("{:?} {} carries {id}", told.carrier, told.id)
             });
             let first = *bodies.entry(id).or_insert(told);
             found.unless(first.hash == told.hash, I7_SAME_BYTES, &names, || {
                 format!("{id} says {:?} and {:?}", first.body, told.body)
+            });
+            let first = *wholes.entry((told.carrier, id)).or_insert(told);
+            let same = (&first.whole, &first.letter) == (&told.whole, &told.letter);
+            found.unless(same, I7_SAME_BYTES, &names, || {
+                format!("{id} came by {:?} in two forms", told.carrier)
+            });
+            let is_listed = self.delivery(number(id), told.channel()).is_some();
+            found.unless(is_listed, I4_NO_PHANTOM, &names, || {
+                format!("{id} came by {:?}, of which the payment knows nothing", told.carrier)
             });
         }
         for (id, told) in bodies {
@@ -606,9 +742,9 @@ impl<'a> Case<'a> {
 
     /// The first arrivals of a channel come in the order of the changes.
     fn check_order(&self, found: &mut Found) {
-        for channel in [Channel::Event, Channel::Webhook] {
+        for channel in Channel::ALL {
             let mut seen = HashSet::new();
-            let told = self.told.iter().filter(|told| told.channel == channel);
+            let told = self.told.iter().filter(|told| told.channel() == channel);
             let first: Vec<_> = told
                 .filter(|told| seen.insert(&told.body.event_id))
                 .map(|told| told.body.version)
@@ -668,6 +804,11 @@ impl<'a> Case<'a> {
             "changed after it was cancelled".into()
         });
     }
+}
+
+/// The number of the notification that an event id names; 0 names none.
+fn number(event_id: &str) -> usize {
+    event_id.rsplit('_').next().and_then(|n| n.parse().ok()).unwrap_or(0)
 }
 
 fn money_amount(money: &payment_sim::api::pb::common::v1::Money) -> i64 {
