@@ -57,7 +57,7 @@ lint: ## formatting, clippy, rustdoc, protocol, dependencies, Dockerfile, YAML, 
 ci: dev-deps lint test ## what a change must pass: lint and test (.ci/run calls it)
 
 .PHONY: crash-test
-crash-test: ## kill -9 under load in CYCLES=24 cycles, with the negative controls
+crash-test: ## kill -9 under load in CYCLES=24 cycles, receivers and queue dying too, with the negative controls
 	CRASH_CYCLES=$(CYCLES) cargo test --locked --release --features faults --test crash -- --nocapture
 
 .PHONY: bench

@@ -1,19 +1,25 @@
-//! Faults on order: three well-known ways to get durability wrong, for the crash test to catch.
+//! Faults on order: five well-known ways to get durability and delivery wrong, for the crash test to catch.
 //!
 //! Only with the feature `faults`, which no release build has. `PAYMENT_SIM_FAULT` chooses one at run
 //! time; without it the build behaves like any other. The store's part is in `store/faults.rs`.
 
 use std::{
     collections::BTreeSet,
-    sync::{LazyLock, Mutex, PoisonError},
+    sync::{Arc, LazyLock, Mutex, PoisonError},
     time::Duration,
 };
 
+use async_trait::async_trait;
+use tokio_util::task::TaskTracker;
+
 use crate::{
+    courier::{Courier, Parcel},
     domain::{
+        delivery::{Attempt, Attempted, Verdict},
         ids::PaymentId,
         payment::{Command, Next, Payment, PaymentState},
         scenario::{FailureReason, Outcome},
+        time::Timestamp,
     },
     store::{Change, Commit, Revision, Store, Versioned},
 };
@@ -29,6 +35,10 @@ pub enum Fault {
     OutboxAfterCommit,
     /// Each woken payment is woken once more, from what it was before, and decided anew.
     DoubleTick,
+    /// Events count as delivered, then they are sent, once.
+    EventDoneBeforeSent,
+    /// A webhook that is given up leaves no letter.
+    LetterForgotten,
 }
 
 /// The fault that this process has.
@@ -43,6 +53,8 @@ pub fn chosen() -> Option<Fault> {
             Some("ack_before_commit") => Some(Fault::AckBeforeCommit),
             Some("outbox_after_commit") => Some(Fault::OutboxAfterCommit),
             Some("double_tick") => Some(Fault::DoubleTick),
+            Some("event_done_before_sent") => Some(Fault::EventDoneBeforeSent),
+            Some("letter_forgotten") => Some(Fault::LetterForgotten),
             Some(other) => panic!("PAYMENT_SIM_FAULT: there is no fault {other:?}"),
         }
     });
@@ -114,4 +126,41 @@ fn decided_anew(before: &Payment) -> Option<Payment> {
     let mut payment = before.clone();
     payment.progress.state = PaymentState::Pending { next: Next::Decide { at, outcome } };
     payment.transition(Command::Wake, at).changed
+}
+
+/// Between the outbox and the sink of events.
+pub fn events_courier(courier: Arc<dyn Courier>) -> Arc<dyn Courier> {
+    match chosen() {
+        Some(Fault::EventDoneBeforeSent) => {
+            Arc::new(Hasty { courier, sending: TaskTracker::new() })
+        }
+        _ => courier,
+    }
+}
+
+/// Says that it has brought what it is about to bring.
+struct Hasty {
+    courier: Arc<dyn Courier>,
+    sending: TaskTracker,
+}
+
+#[async_trait]
+impl Courier for Hasty {
+    fn batch_max(&self) -> usize {
+        self.courier.batch_max()
+    }
+
+    fn calls_max(&self) -> usize {
+        self.courier.calls_max()
+    }
+
+    async fn attempt(&self, batch: &[Parcel], now: Timestamp) -> Vec<Attempted> {
+        let (courier, parcels) = (Arc::clone(&self.courier), batch.to_vec());
+        self.sending.spawn(async move {
+            tokio::time::sleep(WINDOW).await;
+            courier.attempt(&parcels, now).await;
+        });
+        let attempt = Attempt { at: now, http_status: None, latency_ms: 0, error: None };
+        vec![Attempted { attempt, verdict: Verdict::Accepted }; batch.len()]
+    }
 }

@@ -269,9 +269,17 @@ fn policies(config: &Config) -> Policies {
             max_attempts: Some(config.webhook.max_attempts),
             backoff_base: config.webhook.backoff_base,
             backoff_max: config.webhook.backoff_max,
-            dead_letters: config.webhook.dlq_url.is_some(),
+            dead_letters: writes_letters(config),
         },
     }
+}
+
+fn writes_letters(config: &Config) -> bool {
+    #[cfg(feature = "faults")]
+    if crate::faults::chosen() == Some(crate::faults::Fault::LetterForgotten) {
+        return false;
+    }
+    config.webhook.dlq_url.is_some()
 }
 
 /// How to reach AWS: read from files and environment when something first asks, and no more than once.
@@ -364,6 +372,8 @@ async fn events_courier(
             Arc::new(SqsCourier::new(sdk, url.to_string(), events.source.clone()))
         }
     };
+    #[cfg(feature = "faults")]
+    let courier = crate::faults::events_courier(courier);
     Ok(Some(courier))
 }
 

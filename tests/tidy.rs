@@ -35,7 +35,7 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("outbox", &["domain", "store", "courier", "driver", "clock", "metrics"]),
     ("api", &["domain", "store", "app", "slot"]),
     ("edge", &["api", "domain", "clock", "log_budget", "metrics", "slot"]),
-    ("faults", &["domain", "store"]),
+    ("faults", &["domain", "store", "courier"]),
     // The other binary: it knows events, and nothing of how payments are kept.
     (
         "reservation",

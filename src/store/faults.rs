@@ -23,7 +23,9 @@ pub fn before_commit(tables: &dyn Tables, batch: &mut Batch, answer: impl FnOnce
             *batch = rest;
             answer();
         }
-        Some(Fault::DoubleTick) | None => return,
+        Some(Fault::DoubleTick | Fault::EventDoneBeforeSent | Fault::LetterForgotten) | None => {
+            return;
+        }
     }
     std::thread::sleep(WINDOW);
 }

@@ -1,7 +1,10 @@
 //! What must hold, whatever was killed when: the journals against what the service says afterwards.
 
+mod case;
+mod seen;
+
 use std::{
-    collections::{BTreeMap, BTreeSet, HashMap, HashSet},
+    collections::{BTreeSet, HashMap, HashSet},
     sync::Arc,
     time::Duration,
 };
@@ -11,20 +14,22 @@ use payment_sim::{
         common::v1::Pagination,
         payment::v1::{
             Delivery, GetPaymentIntentRequest, GetPaymentIntentResponse, ListPaymentsRequest,
-            Payment, PaymentScenario as Scenario, PaymentStatus as Status, TimelineEntry,
+            Payment, PaymentStatus as Status,
         },
+        simulation::v1::{DeliveryFilter, ListDeliveriesRequest},
     },
     clock::Stopwatch,
 };
-use prost_types::Timestamp;
 use tokio::task::JoinSet;
 use tonic::Code;
 
 use crate::{
+    arrival::{Arrival, Told},
     driver::{CURRENCY, Call, Create, Driver, Story, Timing},
-    sink::{Arrival, Channel, Told},
     support::chance::Chance,
 };
+use case::Case;
+pub use seen::Seen;
 
 /// By then nothing is owed any more.
 const QUIET_WITHIN: Duration = Duration::from_secs(60);
@@ -77,63 +82,37 @@ impl Found {
     }
 }
 
-/// What there was to judge: a run without repeats, say, has shown little.
-#[derive(Debug, Default)]
-pub struct Seen {
-    payments: usize,
-    /// Stored, though nobody was told so before the kill.
-    unacknowledged: usize,
-    refunds: usize,
-    cancelled: usize,
-    events: usize,
-    webhooks: usize,
-    /// Arrivals of what had arrived before.
-    repeats: usize,
-    replays: usize,
-    reuses: usize,
-}
-
-impl Seen {
-    fn of(stored: &Stored, story: &Story, told: &Arrived) -> Self {
-        let payments = || stored.values().filter_map(|reply| reply.payment.as_ref());
-        let arrived = |channel| {
-            told.by_payment.values().flatten().filter(move |told| told.channel == channel)
-        };
-        let (events, webhooks) = (arrived(Channel::Event), arrived(Channel::Webhook));
-        let arrivals: usize = told.by_payment.values().map(Vec::len).sum();
-        let first: HashSet<_> = told
-            .by_payment
-            .values()
-            .flatten()
-            .map(|told| (told.channel, &told.body.event_id))
-            .collect();
-        Self {
-            payments: stored.len(),
-            unacknowledged: payments()
-                .filter(|payment| !story.acks.contains_key(&payment.reservation_id))
-                .count(),
-            refunds: payments().map(|payment| payment.refunds.len()).sum(),
-            cancelled: payments().filter(|p| p.status() == Status::Cancelled).count(),
-            events: events.count(),
-            webhooks: webhooks.count(),
-            repeats: arrivals - first.len(),
-            replays: story.acks.values().flatten().filter(|ack| ack.replayed).count(),
-            reuses: story.reused.len(),
+/// Checks what holds at any moment, whatever is away: what is decided is delivered, dead or owed. Asks
+/// the service for these payments, and then for the journals.
+pub async fn check_books(
+    driver: &Arc<Driver>,
+    ids: &BTreeSet<String>,
+    journals: impl AsyncFnOnce() -> (Story, Vec<Arrival>),
+    stdout: Stdout,
+) -> Result<Found, String> {
+    let mut found = Found::default();
+    let ids: Vec<String> = ids.iter().cloned().collect();
+    let replies = get_all(driver, &ids).await?;
+    let (story, arrivals) = journals().await;
+    let told = sort(arrivals, &mut found);
+    for (id, reply) in replies {
+        match reply {
+            None => found.add(I1_ACKNOWLEDGED, &[&id], "is not there"),
+            Some(reply) => {
+                let case = Case::of(&reply, &told, &story);
+                case.check_told(&case.changes(), stdout, &mut found);
+            }
         }
     }
+    Ok(found)
 }
 
-impl std::fmt::Display for Seen {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let Self { payments, unacknowledged, refunds, cancelled, .. } = self;
-        let Self { events, webhooks, repeats, replays, reuses, .. } = self;
-        write!(
-            f,
-            "{payments} payments ({unacknowledged} unacknowledged, {cancelled} cancelled), {refunds} \
-             refunds, {events} events and {webhooks} webhooks ({repeats} of them repeats), {replays} \
-             replays, {reuses} keys reused"
-        )
-    }
+/// Whether what the service wrote to its standard output is in the journal.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stdout {
+    Read,
+    /// Some of it may still be in the pipe.
+    Behind,
 }
 
 /// Waits until nothing is owed any more, then checks everything.
@@ -152,6 +131,7 @@ pub async fn check(
     let told = sort(arrivals().await, &mut found);
 
     check_list(&stored, &list(driver).await?, &mut found);
+    check_standing(driver, &stored, &mut found).await?;
     check_creates(&stored, story, &created, &mut found);
     check_commands(&stored, story, &mut found);
     check_keys(&stored, story, &mut found);
@@ -278,7 +258,7 @@ fn is_at_rest(reply: &GetPaymentIntentResponse) -> bool {
 }
 
 /// Arrivals by payment, in order.
-struct Arrived {
+pub struct Arrived {
     by_payment: HashMap<String, Vec<Told>>,
 }
 
@@ -317,6 +297,44 @@ fn check_list(stored: &Stored, listed: &[Payment], found: &mut Found) {
     }
     for id in stored.keys() {
         found.unless(seen.contains(id), I1_ACKNOWLEDGED, &[id], || "is not listed".into());
+    }
+}
+
+/// By state, the simulation API lists the same deliveries: nothing owed, and all that is dead.
+async fn check_standing(
+    driver: &Arc<Driver>,
+    stored: &Stored,
+    found: &mut Found,
+) -> Result<(), String> {
+    for state in ["OWED", "HELD", "DEAD"] {
+        let listed = list_deliveries(driver, state).await?;
+        let deliveries = stored.values().flat_map(|reply| &reply.deliveries);
+        let read: BTreeSet<String> =
+            deliveries.filter(|d| d.state == state).map(|d| d.delivery_id.clone()).collect();
+        for id in listed.symmetric_difference(&read) {
+            let (listed, read) = (listed.contains(id), read.contains(id));
+            let what = format!("{id} is {state}: listed so {listed}, read so {read}");
+            found.add(I3_TOLD, &[id], what);
+        }
+    }
+    Ok(())
+}
+
+async fn list_deliveries(driver: &Arc<Driver>, state: &str) -> Result<BTreeSet<String>, String> {
+    let mut client = driver.simulation.clone();
+    let mut listed = BTreeSet::new();
+    let mut cursor = String::new();
+    loop {
+        let filter = Some(DeliveryFilter { state: state.to_owned(), ..Default::default() });
+        let request = ListDeliveriesRequest { filter, page_size: PAGE_SIZE, cursor };
+        let page = client.list_deliveries(request).await;
+        let page = page.map_err(|e| format!("a list of deliveries: {e}"))?.into_inner();
+        let deliveries = page.deliveries.into_iter().filter_map(|listed| listed.delivery);
+        listed.extend(deliveries.map(|delivery| delivery.delivery_id));
+        if page.next_cursor.is_empty() {
+            return Ok(listed);
+        }
+        cursor = page.next_cursor;
     }
 }
 
@@ -437,245 +455,6 @@ fn check_reads(stored: &Stored, story: &Story, found: &mut Found) {
             format!("was read at version {version}, is at {now:?}")
         });
     }
-}
-
-/// A payment with all that was said of it.
-struct Case<'a> {
-    id: &'a str,
-    payment: &'a Payment,
-    deliveries: &'a [Delivery],
-    told: &'a [Told],
-    /// The delays of the services that its create was sent to.
-    timings: Vec<Timing>,
-    has_webhook: bool,
-}
-
-/// A change that others are told of.
-struct Change<'a> {
-    n: usize,
-    version: i64,
-    entry: &'a TimelineEntry,
-}
-
-impl<'a> Case<'a> {
-    fn of(reply: &'a GetPaymentIntentResponse, told: &'a Arrived, story: &Story) -> Self {
-        let payment = reply.payment.as_ref().expect("a reply has a payment");
-        let send = story.sends.get(&payment.reservation_id);
-        let has_webhook = matches!(send, Some((Call::Create(create), _)) if create.webhook);
-        let timings = send.map(|(_, sends)| sends.iter().map(|(_, timing)| *timing).collect());
-        Self {
-            id: &payment.payment_intent_id,
-            payment,
-            deliveries: &reply.deliveries,
-            told: told.by_payment.get(&payment.payment_intent_id).map_or(&[], Vec::as_slice),
-            timings: timings.unwrap_or_default(),
-            has_webhook,
-        }
-    }
-
-    fn check(&self, found: &mut Found) {
-        let changes = self.changes();
-        self.check_decision(&changes, found);
-        self.check_told(&changes, found);
-        self.check_repeats(&changes, found);
-        self.check_order(found);
-        self.check_sums(found);
-        self.check_times(&changes, found);
-    }
-
-    fn names(&self) -> [&str; 2] {
-        [self.id, &self.payment.reservation_id]
-    }
-
-    /// All changes but PROCESSING are told of, numbered from 1; each raises the version.
-    fn changes(&self) -> Vec<Change<'_>> {
-        let raises =
-            self.payment.timeline.iter().filter(|entry| {
-                matches!(entry.kind.as_str(), "status_changed" | "partially_refunded")
-            });
-        let numbered = raises.enumerate().map(|(i, entry)| (2 + i as i64, entry));
-        numbered
-            .filter(|(_, entry)| entry.status() != Status::Processing)
-            .enumerate()
-            .map(|(i, (version, entry))| Change { n: i + 1, version, entry })
-            .collect()
-    }
-
-    fn event_id(&self, n: usize) -> String {
-        format!("evt_{}_{n}", self.id.trim_start_matches("pi_"))
-    }
-
-    fn check_decision(&self, changes: &[Change<'_>], found: &mut Found) {
-        let names = self.names();
-        let decisions: Vec<_> = changes
-            .iter()
-            .filter(|change| change.entry.kind == "status_changed")
-            .map(|change| change.entry.status())
-            .filter(|status| *status != Status::Refunded)
-            .collect();
-        found.unless(decisions.len() == 1, I2_DECIDED_ONCE, &names, || {
-            format!("decided {} times: {decisions:?}", decisions.len())
-        });
-        let last = changes.last().map(|change| (change.version, change.entry.status()));
-        let now = (self.payment.version, self.payment.status());
-        found.unless(last == Some(now), I6_FORWARD, &names, || {
-            format!("its timeline ends at {last:?}, it is at {now:?}")
-        });
-        let told: BTreeSet<&str> = self
-            .told
-            .iter()
-            .map(|told| told.body.status.as_str())
-            .filter(|status| *status != Status::Refunded.as_str_name())
-            .collect();
-        let decided: BTreeSet<&str> = decisions.iter().map(|status| status.as_str_name()).collect();
-        found.unless(told.is_subset(&decided), I2_DECIDED_ONCE, &names, || {
-            format!("decided {decided:?}, told {told:?}")
-        });
-    }
-
-    fn check_told(&self, changes: &[Change<'_>], found: &mut Found) {
-        let names = self.names();
-        for change in changes {
-            let event_id = self.event_id(change.n);
-            let arrived = |channel| {
-                let mut all = self.told.iter();
-                all.any(move |told| {
-                    told.channel == channel
-                        && told.body.event_id == event_id
-                        && told.answer == Some(200)
-                })
-            };
-            let what = format!("n. {}, {}", change.n, change.entry.status().as_str_name());
-            let state = |channel| {
-                let bare = self.id.trim_start_matches("pi_");
-                let name = format!("dlv_{bare}_{}_{channel}", change.n);
-                let mut all = self.deliveries.iter();
-                all.find(|delivery| delivery.delivery_id == name).map(|d| d.state.as_str())
-            };
-            let event = state("event");
-            found.unless(event == Some("DELIVERED"), I3_TOLD, &names, || {
-                format!("{what}: its event is {event:?}")
-            });
-            found.unless(arrived.clone()(Channel::Event), I3_TOLD, &names, || {
-                format!("{what}: its event never arrived")
-            });
-            if !self.has_webhook {
-                continue;
-            }
-            let webhook = state("webhook");
-            found.unless(matches!(webhook, Some("DELIVERED" | "DEAD")), I3_TOLD, &names, || {
-                format!("{what}: its webhook is {webhook:?}")
-            });
-            let missed = webhook == Some("DELIVERED") && !arrived(Channel::Webhook);
-            found.unless(!missed, I3_TOLD, &names, || format!("{what}: its webhook never arrived"));
-        }
-    }
-
-    /// One id, one body, over both channels, and the body says what the timeline says.
-    fn check_repeats(&self, changes: &[Change<'_>], found: &mut Found) {
-        let names = self.names();
-        let mut bodies: BTreeMap<&str, &Told> = BTreeMap::new();
-        for told in self.told {
-            let id = told.body.event_id.as_str();
-            found.unless(told.id == id, I7_SAME_BYTES, &names, || {
-                format!("{:?} {} carries {id}", told.channel, told.id)
-            });
-            let first = *bodies.entry(id).or_insert(told);
-            found.unless(first.hash == told.hash, I7_SAME_BYTES, &names, || {
-                format!("{id} says {:?} and {:?}", first.body, told.body)
-            });
-        }
-        for (id, told) in bodies {
-            let change = changes.iter().find(|change| self.event_id(change.n) == id);
-            let Some(change) = change else {
-                found.add(I4_NO_PHANTOM, &names, format!("{id} tells of no change"));
-                continue;
-            };
-            let body = &told.body;
-            let says = (body.version, body.status.as_str(), body.reservation_id.as_str());
-            let is = (
-                change.version,
-                change.entry.status().as_str_name(),
-                self.payment.reservation_id.as_str(),
-            );
-            found.unless(says == is, I2_DECIDED_ONCE, &names, || {
-                format!("{id} says {says:?}, the timeline {is:?}")
-            });
-        }
-    }
-
-    /// The first arrivals of a channel come in the order of the changes.
-    fn check_order(&self, found: &mut Found) {
-        for channel in [Channel::Event, Channel::Webhook] {
-            let mut seen = HashSet::new();
-            let told = self.told.iter().filter(|told| told.channel == channel);
-            let first: Vec<_> = told
-                .filter(|told| seen.insert(&told.body.event_id))
-                .map(|told| told.body.version)
-                .collect();
-            found.unless(first.is_sorted(), I6_FORWARD, &self.names(), || {
-                format!("{channel:?}s came in the order of versions {first:?}")
-            });
-        }
-    }
-
-    fn check_sums(&self, found: &mut Found) {
-        let amount = |money: &Option<_>| money.as_ref().map_or(0, money_amount);
-        let sum: i64 = self.payment.refunds.iter().map(|refund| amount(&refund.amount)).sum();
-        let (refunded, all) = (amount(&self.payment.refunded_amount), amount(&self.payment.amount));
-        let is_refunded = self.payment.status() == Status::Refunded;
-        let adds_up = sum == refunded && sum <= all && is_refunded == (sum == all);
-        found.unless(adds_up, I8_SUMS, &self.names(), || {
-            format!("refunds of {sum}, refunded {refunded} of {all}, {:?}", self.payment.status())
-        });
-        let ids: HashSet<_> = self.payment.refunds.iter().map(|refund| &refund.refund_id).collect();
-        found.unless(ids.len() == self.payment.refunds.len(), I8_SUMS, &self.names(), || {
-            "two refunds have one id".into()
-        });
-    }
-
-    fn check_times(&self, changes: &[Change<'_>], found: &mut Found) {
-        let names = self.names();
-        for change in changes {
-            let event_id = self.event_id(change.n);
-            for told in self.told.iter().filter(|told| told.body.event_id == event_id) {
-                found.unless(told.at >= ms(&change.entry.at), I9_IN_TIME, &names, || {
-                    format!("{event_id} was told at {}, before it was", told.at)
-                });
-            }
-        }
-        let Some(first) = changes.first() else { return };
-        let earliest = |of: fn(&Timing) -> u64| {
-            let least = self.timings.iter().map(of).min().unwrap_or(0);
-            ms(&self.payment.created_at) + i64::try_from(least).expect("small")
-        };
-        let (due, what) = match self.payment.scenario() {
-            Scenario::Approve | Scenario::Fail | Scenario::Random => {
-                let told = self.told.iter().filter(|t| t.body.event_id == self.event_id(1));
-                (earliest(|timing| timing.delay_ms), told.map(|told| told.at).min())
-            }
-            _ if first.entry.cause != "scenario" => return,
-            Scenario::Delay => (earliest(|timing| timing.delay_ms), Some(ms(&first.entry.at))),
-            Scenario::Timeout => (earliest(|timing| timing.settle_ms), Some(ms(&first.entry.at))),
-            Scenario::Manual => (earliest(|timing| timing.ttl_ms), Some(ms(&first.entry.at))),
-            Scenario::Unspecified => return,
-        };
-        found.unless(what.is_none_or(|at| at >= due), I9_IN_TIME, &names, || {
-            format!("due at {due}, came at {what:?}")
-        });
-        let cancelled = first.entry.status() == Status::Cancelled;
-        found.unless(!cancelled || changes.len() == 1, I9_IN_TIME, &names, || {
-            "changed after it was cancelled".into()
-        });
-    }
-}
-
-fn money_amount(money: &payment_sim::api::pb::common::v1::Money) -> i64 {
-    money.amount
-}
-
-fn ms(at: &Option<Timestamp>) -> i64 {
-    at.as_ref().map_or(0, |at| at.seconds * 1_000 + i64::from(at.nanos) / 1_000_000)
 }
 
 /// Sends keys again: what was acknowledged answers the same, and what was stored without being

@@ -2,7 +2,7 @@
 //! they are about to ask before, and what they were answered after.
 
 use std::{
-    collections::HashMap,
+    collections::{BTreeSet, HashMap},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
@@ -14,6 +14,7 @@ use payment_sim::{
             CancelPaymentRequest, CreatePaymentIntentRequest, GetPaymentIntentRequest,
             PaymentMetadata, PaymentMethod, PaymentScenario, ProcessPaymentRequest,
         },
+        simulation::v1::simulation_service_client::SimulationServiceClient,
     },
     clock::{Clock, SystemClock},
 };
@@ -22,11 +23,11 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
-use tonic::{Code, Request, Response, Status};
+use tonic::{Code, Request, Response, Status, transport::Channel};
 
 use crate::{
     journal::Journal,
-    support::{Client, chance::Chance, client},
+    support::{Client, chance::Chance, client, simulation},
 };
 
 pub const CURRENCY: &str = "KRW";
@@ -61,7 +62,8 @@ pub struct Create {
     pub amount: i64,
     pub method: i32,
     pub scenario: i32,
-    pub webhook: bool,
+    /// Empty: none.
+    pub webhook_url: String,
 }
 
 /// A line of the driver's journal.
@@ -116,8 +118,10 @@ pub struct Ack {
 
 pub struct Driver {
     clients: Vec<Client>,
+    pub simulation: SimulationServiceClient<Channel>,
     journal: Arc<Journal>,
-    url: String,
+    /// Webhook URLs to draw from.
+    urls: Vec<String>,
     known: Mutex<Known>,
 }
 
@@ -130,9 +134,10 @@ struct Known {
 }
 
 impl Driver {
-    pub fn new(port: u16, journal: Arc<Journal>, url: String) -> Self {
+    pub fn new(port: u16, journal: Arc<Journal>, urls: Vec<String>) -> Self {
         let clients = (0..CONNECTIONS).map(|_| client(port)).collect();
-        Self { clients, journal, url, known: Mutex::default() }
+        let simulation = simulation(port);
+        Self { clients, simulation, journal, urls, known: Mutex::default() }
     }
 
     pub fn client(&self, n: usize) -> Client {
@@ -141,6 +146,12 @@ impl Driver {
 
     pub fn acks(&self) -> u64 {
         self.known().acks
+    }
+
+    /// Up to so many payments that were acknowledged, most of them young.
+    pub fn some(&self, count: usize, chance: &mut Chance) -> BTreeSet<String> {
+        let payments = &self.known().payments;
+        (0..count).filter_map(|_| pick(chance, payments)).collect()
     }
 
     /// Starts the tasks; they end when `stop` is cancelled.
@@ -211,7 +222,7 @@ impl Driver {
     async fn ask(&self, mut client: Client, key: &str, call: &Call) -> Result<Ack, Status> {
         match call {
             Call::Create(create) => {
-                let request = create_request(key, create, &self.url);
+                let request = create_request(key, create);
                 let reply = client.create_payment_intent(request).await?;
                 let id = reply.get_ref().payment_intent_id.clone();
                 let status = reply.get_ref().status;
@@ -310,7 +321,7 @@ impl Task {
             method: *self.chance.pick(&[PaymentMethod::CreditCard, PaymentMethod::MobilePay])
                 as i32,
             scenario: *self.chance.pick(&scenarios) as i32,
-            webhook: self.chance.percent(60),
+            webhook_url: self.chance.pick(&self.driver.urls).clone(),
         });
         let ack = self.send(&key, &call).await?;
         self.own.push(ack.id);
@@ -386,14 +397,14 @@ fn pick<T: Clone>(chance: &mut Chance, from: &[T]) -> Option<T> {
     Some(chance.pick(from).clone())
 }
 
-pub fn create_request(key: &str, create: &Create, url: &str) -> CreatePaymentIntentRequest {
+pub fn create_request(key: &str, create: &Create) -> CreatePaymentIntentRequest {
     CreatePaymentIntentRequest {
         reservation_id: key.to_owned(),
         user_id: create.user.clone(),
         amount: Some(money(create.amount)),
         method: create.method,
         scenario: create.scenario,
-        webhook_url: if create.webhook { url.to_owned() } else { String::new() },
+        webhook_url: create.webhook_url.clone(),
         idempotency_key: key.to_owned(),
         metadata: Some(PaymentMetadata {
             source: "crash".to_owned(),

@@ -1,21 +1,26 @@
-//! The crash test: `kill -9` under load, again and again, judged from outside the process.
+//! The crash test: `kill -9` under load, again and again, judged from outside the process. Receivers and
+//! the queue die as well, in turn and together, and the queue errs all the time.
 //!
-//! A driver and a sink keep journals of their own, on the disk before they go on; a checker compares
-//! them with what the service says once it has come to rest. Built with the feature `faults`, the
-//! three ways to get durability wrong must each be caught, too: a checker that misses one proves
-//! nothing about the run without.
+//! Driver, sink and queue keep journals of their own; a checker compares them with what the service says,
+//! in the middle of a run (what is decided is delivered, dead or owed) and once it has come to rest (and
+//! nothing is owed). Built with the feature `faults`, the five ways to get it wrong must each be caught,
+//! too: a checker that misses one proves nothing about the run without.
 //!
 //! `CRASH_CYCLES` (3) kills, `CRASH_SEED` repeats a run's chance, `CRASH_FAULT` runs one control alone.
 
+mod arrival;
 mod checker;
 mod driver;
+#[path = "../support/fake_aws/mod.rs"]
+mod fake_aws;
 mod journal;
+mod queue;
 mod sink;
 #[path = "../support/mod.rs"]
 mod support;
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     path::{Path, PathBuf},
     process::ExitCode,
     sync::Arc,
@@ -26,9 +31,10 @@ use std::{
 use payment_sim::clock::Stopwatch;
 use tokio_util::sync::CancellationToken;
 
-use checker::{Seen, Violation};
+use checker::{Seen, Stdout, Violation};
 use driver::{Driver, Story, Timing};
 use journal::Journal;
+use queue::Queue;
 use sink::Sink;
 use support::{
     chance::Chance,
@@ -45,15 +51,21 @@ const TASKS: usize = 24;
 const READY_WITHIN: Duration = Duration::from_secs(30);
 /// Load, kill and check together; only something that hangs takes so long.
 const CYCLE_WITHIN: Duration = Duration::from_secs(180);
+/// Payments that are looked at in the middle of a cycle.
+const SAMPLE: usize = 300;
+/// Where events go; the service changes it from start to start, and what is owed goes along.
+const SINKS: [&str; 3] = ["eventbridge", "sqs", "log"];
 /// What a failure prints of each kind of violation.
 const PRINTED: usize = 3;
 const PRINTED_LINES: usize = 40;
 
 /// The controls, with the invariants that each breaks.
-const CONTROLS: [(&str, &[&str]); 3] = [
+const CONTROLS: [(&str, &[&str]); 5] = [
     ("ack_before_commit", &[checker::I1_ACKNOWLEDGED]),
     ("outbox_after_commit", &[checker::I3_TOLD]),
     ("double_tick", &[checker::I2_DECIDED_ONCE, checker::I7_SAME_BYTES]),
+    ("event_done_before_sent", &[checker::I3_TOLD]),
+    ("letter_forgotten", &[checker::I3_TOLD]),
 ];
 
 fn main() -> ExitCode {
@@ -135,7 +147,7 @@ async fn control(seed: u64, fault: &'static str, breaks: &[&str]) -> bool {
     run.fail(&format!("not caught in {CONTROL_CYCLES} cycles by any of {breaks:?}"))
 }
 
-/// One run on one folder: the service, killed and started again, between driver and sink.
+/// One run on one folder: the service, killed and started again, between driver, sink and queue.
 struct Run {
     name: &'static str,
     seed: u64,
@@ -146,9 +158,12 @@ struct Run {
     told: Arc<Journal>,
     said: Arc<Journal>,
     sink: Sink,
+    queue: Queue,
     driver: Arc<Driver>,
     running: Option<Running>,
-    kills: u64,
+    /// Which of [`SINKS`] the next service has.
+    next_sink: u64,
+    deaths: Deaths,
     seen: Seen,
     watch: Stopwatch,
     violations: Vec<Violation>,
@@ -157,6 +172,7 @@ struct Run {
 struct Running {
     service: Service,
     timing: Timing,
+    sink: &'static str,
     events: JoinHandle<()>,
 }
 
@@ -173,6 +189,48 @@ impl Running {
     }
 }
 
+/// How often each was killed.
+#[derive(Debug, Default)]
+struct Deaths {
+    service: u64,
+    receivers: u64,
+    queue: u64,
+}
+
+/// Who dies in a cycle, and when.
+struct Plan {
+    service: bool,
+    receivers: bool,
+    queue: bool,
+    /// The service dies in its start and recovery, the others before that.
+    early: bool,
+    /// The others are back when the service dies.
+    in_turn: bool,
+}
+
+impl Plan {
+    /// The service dies in each cycle but every tenth, where it sees the others die; every twentieth, and
+    /// the last of a run too short for that, kills all. In between, receivers and queue take turns.
+    fn draw(n: u64, cycles: u64, is_control: bool, chance: &mut Chance) -> Self {
+        let (both, in_turn) = (chance.percent(30), chance.percent(50));
+        if is_control {
+            let (receivers, queue, early) = (false, false, false);
+            return Self { service: true, receivers, queue, early, in_turn };
+        }
+        let last_of_few = cycles < CHECK_EVERY && n == cycles;
+        let kills_all = last_of_few || n.is_multiple_of(2 * CHECK_EVERY);
+        let kills_others = kills_all || n.is_multiple_of(CHECK_EVERY);
+        Self {
+            service: kills_all || !kills_others,
+            receivers: kills_others || both || n % 3 == 2,
+            queue: kills_others || both || n % 3 == 1,
+            // Half of the kills fall into start and recovery.
+            early: !kills_others && n.is_multiple_of(2),
+            in_turn: !kills_all && in_turn,
+        }
+    }
+}
+
 impl Run {
     async fn start(name: &'static str, seed: u64, fault: Option<&'static str>) -> Self {
         let folder = tempfile::Builder::new().prefix("crash-").tempdir().expect("a folder");
@@ -180,12 +238,14 @@ impl Run {
         let told = Arc::new(Journal::create(folder.path().join("sink.journal")));
         let said = Arc::new(Journal::create(folder.path().join("driver.journal")));
         let sink = Sink::start(Arc::clone(&told), chance.branch(u64::MAX)).await;
+        let queue = Queue::start(Arc::clone(&told)).await;
         let launch = Launch::new(folder.path())
             .with("WEBHOOK_TIMEOUT_MS", 1_000)
             .with("WEBHOOK_BACKOFF_BASE_MS", 20)
             .with("WEBHOOK_BACKOFF_MAX_MS", 500)
-            .with("WEBHOOK_MAX_ATTEMPTS", 100);
-        let driver = Driver::new(launch.grpc_port, Arc::clone(&said), sink.url());
+            .with("WEBHOOK_MAX_ATTEMPTS", 6);
+        let launch = queue.reached_by(launch);
+        let driver = Driver::new(launch.grpc_port, Arc::clone(&said), sink.urls());
         Self {
             name,
             seed,
@@ -195,10 +255,12 @@ impl Run {
             told,
             said,
             sink,
+            queue,
             driver: Arc::new(driver),
             folder,
             running: None,
-            kills: 0,
+            next_sink: 0,
+            deaths: Deaths::default(),
             seen: Seen::default(),
             watch: Stopwatch::start(),
             violations: Vec::new(),
@@ -211,16 +273,14 @@ impl Run {
             .unwrap_or_else(|_| Err(format!("cycle {n} did not end within {CYCLE_WITHIN:?}")))
     }
 
-    /// Load, then a kill: of the service, every tenth time of the sink instead, every twentieth of both.
-    /// A run too short for that ends with both.
+    /// Load, then who is to die.
     async fn kill_and_check(&mut self, n: u64, cycles: u64, check: bool) -> Result<(), String> {
         let is_control = self.fault.is_some();
-        let last_of_few = !is_control && cycles < CHECK_EVERY && n == cycles;
-        let kills_both = last_of_few || (!is_control && n.is_multiple_of(2 * CHECK_EVERY));
-        let kills_sink = kills_both || (!is_control && n.is_multiple_of(CHECK_EVERY));
-        let kills_service = kills_both || !kills_sink;
-        // Half of the kills fall into start and recovery.
-        let early = !is_control && !kills_sink && n.is_multiple_of(2);
+        let plan = Plan::draw(n, cycles, is_control, &mut self.chance);
+        self.queue.errs(&self.chance.branch(n));
+        if plan.early {
+            self.kill_others(&plan).await;
+        }
         let mut running = match self.running.take() {
             Some(running) => running,
             None => self.serve(self.fault),
@@ -228,31 +288,51 @@ impl Run {
         let stop = CancellationToken::new();
         let name = format!("{}-{n}", self.name);
         let load = self.driver.load(TASKS, &name, running.timing, &self.chance.branch(n), &stop);
-        if early {
+        if plan.early {
             self.load_for(0, 200).await;
         } else {
             running.service.ready(READY_WITHIN).await?;
             let most = if is_control { 500 } else { 3_000 };
             self.load_for(50, most).await;
-        }
-        if kills_sink {
-            self.sink.die().await;
+            self.kill_others(&plan).await;
             self.load_for(50, 500).await;
+            if !is_control {
+                self.check_books(&running).await?;
+            }
+            if plan.in_turn {
+                self.revive_others().await;
+            }
         }
-        if kills_service {
+        if plan.service {
             running.service.kill();
         }
-        // Before the last events are waited for, because its death holds up their reader.
-        self.sink.revive().await;
-        if kills_service {
+        // Before the last events are waited for, because the receivers' death holds up their reader.
+        self.revive_others().await;
+        if plan.service {
             running.kill().await;
-            self.kills += 1;
+            self.deaths.service += 1;
         } else {
             self.running = Some(running);
         }
         stop.cancel();
         load.join_all().await;
         if check { self.check().await } else { Ok(()) }
+    }
+
+    async fn kill_others(&mut self, plan: &Plan) {
+        if plan.receivers {
+            self.sink.die().await;
+            self.deaths.receivers += 1;
+        }
+        if plan.queue {
+            self.queue.set_away(true);
+            self.deaths.queue += 1;
+        }
+    }
+
+    async fn revive_others(&self) {
+        self.sink.revive().await;
+        self.queue.set_away(false);
     }
 
     /// Load goes on for so long: this measures nothing and waits for nothing.
@@ -268,20 +348,35 @@ impl Run {
             settle_ms: self.chance.between(100, most),
             ttl_ms: self.chance.between(100, most),
         };
+        let sink = SINKS[usize::try_from(self.next_sink % 3).expect("small")];
+        // Never the same twice in a row.
+        self.next_sink += self.chance.between(1, 2);
         let mut service = self
             .launch
             .clone()
             .with("DEFAULT_DELAY_MS", timing.delay_ms)
             .with("TIMEOUT_SETTLE_MS", timing.settle_ms)
             .with("MANUAL_TTL_MS", timing.ttl_ms)
+            .with("EVENT_SINK", sink)
             .with("PAYMENT_SIM_FAULT", fault.unwrap_or_default())
             .start();
         let events = self.sink.follow(service.stdout());
-        Running { service, timing, events }
+        Running { service, timing, sink, events }
     }
 
-    /// Judged on a service without the fault: what it did wrong is done.
+    /// Under load, and with whoever is away.
+    async fn check_books(&mut self, running: &Running) -> Result<(), String> {
+        let stdout = if running.sink == "log" { Stdout::Behind } else { Stdout::Read };
+        let sample: BTreeSet<String> = self.driver.some(SAMPLE, &mut self.chance);
+        let journals = async || (Story::of(self.said.read().await), self.told.read().await);
+        let found = checker::check_books(&self.driver, &sample, journals, stdout).await?;
+        self.violations.extend(found.0);
+        Ok(())
+    }
+
+    /// Judged with everything healthy and on a service without the fault: what it did wrong is done.
     async fn check(&mut self) -> Result<(), String> {
+        self.queue.behaves();
         let mut running = match self.running.take() {
             Some(running) => running,
             None => self.serve(None),
@@ -293,7 +388,7 @@ impl Run {
             checker::check(&self.driver, &story, arrivals, running.timing, &mut self.chance)
                 .await?;
         self.seen = seen;
-        self.violations = found.0;
+        self.violations.extend(found.0);
         match self.fault {
             None => self.running = Some(running),
             Some(_) => running.kill().await,
@@ -303,10 +398,11 @@ impl Run {
 
     fn say(&self, result: &str) {
         let took = self.watch.elapsed().as_secs_f64();
+        let Deaths { service, receivers, queue } = self.deaths;
         println!(
-            "{}: {} kills, {} acknowledgements in {took:.1} s: {result}",
+            "{}: {service} kills (receivers {receivers}, queue {queue}), {} acknowledgements in \
+             {took:.1} s: {result}",
             self.name,
-            self.kills,
             self.driver.acks(),
         );
         println!("  {}", self.seen);

@@ -1,4 +1,4 @@
-//! Where events and webhooks arrive. Each is in the journal before it counts as taken.
+//! Where webhooks arrive, and events on standard output. Each is in the journal before it counts as taken.
 
 use std::{
     io::{BufRead, BufReader},
@@ -8,81 +8,42 @@ use std::{
     time::Duration,
 };
 
-use payment_sim::clock::{Clock, SystemClock};
-use serde::{Deserialize, Serialize};
-use serde_json::value::RawValue;
-use sha2::{Digest, Sha256};
-
 use crate::{
+    arrival::{Arrival, Carrier, Envelope, Received},
     journal::Journal,
     support::{
         chance::Chance,
+        free_ports,
         receiver::{Answers, Receiver},
     },
 };
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
-pub enum Channel {
-    Event,
-    Webhook,
-}
-
-/// One arrival.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct Told {
-    pub at: i64,
-    pub channel: Channel,
-    /// What the envelope, or the header `webhook-id`, calls it.
-    pub id: String,
-    pub hash: String,
-    /// The status that the receiver answers; `None`: it hangs up.
-    pub answer: Option<u16>,
-    pub body: Body,
-}
-
-/// What the checker reads of a body.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct Body {
-    pub event_id: String,
-    pub event_type: String,
-    pub version: i64,
-    pub payment_intent_id: String,
-    pub reservation_id: String,
-    pub status: String,
-    pub amount: i64,
-    pub refund_id: Option<String>,
-    pub refund_amount: Option<i64>,
-}
-
-#[derive(Deserialize)]
-struct EventLine<'a> {
-    id: String,
-    #[serde(borrow)]
-    detail: &'a RawValue,
-}
-
-/// What should not have arrived at all.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-#[serde(untagged)]
-pub enum Arrival {
-    Told(Box<Told>),
-    Unreadable { at: i64, unreadable: String },
-}
+/// Whoever asks there is answered 410: such a webhook is dead at once.
+const GONE_PATH: &str = "/gone";
 
 pub struct Sink {
     journal: Arc<Journal>,
     receiver: Receiver,
+    /// Where nobody ever listens.
+    nobody: u16,
     gate: Arc<Gate>,
 }
 
 impl Sink {
     pub async fn start(journal: Arc<Journal>, chance: Chance) -> Self {
         let receiver = Receiver::start(answers(Arc::clone(&journal), chance)).await;
-        Self { journal, receiver, gate: Arc::default() }
+        let [nobody] = free_ports();
+        Self { journal, receiver, nobody, gate: Arc::default() }
     }
 
-    pub fn url(&self) -> String {
-        self.receiver.url()
+    /// The URLs that payments are made with, as often as each stands here. Empty: no webhook.
+    pub fn urls(&self) -> Vec<String> {
+        let gone = format!("http://127.0.0.1:{}{GONE_PATH}", self.receiver.port);
+        let nobody = format!("http://127.0.0.1:{}/", self.nobody);
+        let mut urls = vec![self.receiver.url(); 10];
+        urls.extend(vec![String::new(); 8]);
+        urls.extend([gone, nobody]);
+        urls
     }
 
     /// Reads events until the service's end of the pipe is closed.
@@ -110,30 +71,23 @@ fn answers(journal: Arc<Journal>, chance: Chance) -> Answers {
         let drawn = chance.lock().unwrap_or_else(PoisonError::into_inner).below(100);
         let journal = Arc::clone(&journal);
         Box::pin(async move {
+            let is_gone = request.uri().path() == GONE_PATH;
             let (answer, wait_ms) = match drawn {
+                _ if is_gone => (Some(410), 0),
                 0..5 => (Some(500), 0),
                 5..8 => (None, 0),
                 8..12 => (Some(200), drawn * 20),
                 _ => (Some(200), 0),
             };
             let name = request.headers().get("webhook-id").and_then(|id| id.to_str().ok());
-            let (name, body) = (name.unwrap_or_default().to_owned(), request.body());
+            let (id, body) = (name.unwrap_or_default().to_owned(), request.body());
             tokio::time::sleep(Duration::from_millis(wait_ms)).await;
-            journal.write(&arrival(Channel::Webhook, name, body, answer)).await;
+            let (carrier, letter) = (Carrier::Webhook, None);
+            let received = Received { carrier, id, whole: body, body, answer, letter };
+            journal.write(&Arrival::of(received)).await;
             answer
         })
     })
-}
-
-fn arrival(channel: Channel, id: String, bytes: &[u8], answer: Option<u16>) -> Arrival {
-    let at = SystemClock.now_ms();
-    match serde_json::from_slice(bytes) {
-        Ok(body) => {
-            let hash = hex::encode(Sha256::digest(bytes));
-            Arrival::Told(Box::new(Told { at, channel, id, hash, answer, body }))
-        }
-        Err(_) => Arrival::Unreadable { at, unreadable: String::from_utf8_lossy(bytes).into() },
-    }
 }
 
 fn read_events(stdout: ChildStdout, journal: &Journal, gate: &Gate) {
@@ -147,17 +101,20 @@ fn read_events(stdout: ChildStdout, journal: &Journal, gate: &Gate) {
         if read == 0 || line.last() != Some(&b'\n') {
             return;
         }
-        let event: Result<EventLine<'_>, _> = serde_json::from_slice(&line);
-        journal.note(&match event {
-            Ok(event) => {
-                arrival(Channel::Event, event.id, event.detail.get().as_bytes(), Some(200))
-            }
-            Err(_) => Arrival::Unreadable {
-                at: SystemClock.now_ms(),
-                unreadable: String::from_utf8_lossy(&line).into(),
-            },
-        });
+        journal.note(&of_line(&line).unwrap_or_else(|| Arrival::unreadable(&line)));
     }
+}
+
+fn of_line(line: &[u8]) -> Option<Arrival> {
+    let event: Envelope<'_> = serde_json::from_slice(line).ok()?;
+    Some(Arrival::of(Received {
+        carrier: Carrier::Stdout,
+        id: event.id,
+        whole: line,
+        body: event.detail.get().as_bytes(),
+        answer: Some(200),
+        letter: None,
+    }))
 }
 
 /// Holds up the reader of events.

@@ -45,11 +45,20 @@ pub struct Options {
     pub put_events_max_bytes: usize,
     /// Whether calls are kept to be looked at; a long run under load has no memory for them.
     pub keeps_calls: bool,
+    /// Told of each call as it takes effect, in this order, and before its reply goes.
+    pub on_call: Option<Box<OnCall>>,
 }
+
+pub type OnCall = dyn Fn(&Call) + Send + Sync;
 
 impl Options {
     pub fn new(clock: impl Clock) -> Self {
-        Self { clock: Arc::new(clock), put_events_max_bytes: 256 * 1024, keeps_calls: true }
+        Self {
+            clock: Arc::new(clock),
+            put_events_max_bytes: 256 * 1024,
+            keeps_calls: true,
+            on_call: None,
+        }
     }
 }
 

@@ -14,7 +14,7 @@ use socket2::SockRef;
 use std::time::Duration;
 use tokio::{net::TcpListener, task::JoinSet};
 
-use super::{Call, Entry, Fate, Fault, Shared, sqs::Receive};
+use super::{Call, Entry, Fate, Fault, Options, Shared, sqs::Receive};
 
 const NOT_FOUND: u16 = 404;
 const BAD_REQUEST: u16 = 400;
@@ -219,16 +219,26 @@ impl Shared {
             Ok(Reply { body, entries }) => (entries, Ok(body)),
             Err(refusal) => (Vec::new(), Err(refusal)),
         };
-        if self.options.keeps_calls {
-            state.calls.push(asked.call(fault.cloned(), entries));
-        }
+        self.keep(&mut state.calls, || asked.call(fault.cloned(), entries));
         self.arrived.notify_waiters();
         reply
     }
 
     fn note(&self, asked: &Asked, fault: Option<Fault>, entries: Vec<Entry>) {
-        if self.options.keeps_calls {
-            self.lock().calls.push(asked.call(fault, entries));
+        self.keep(&mut self.lock().calls, || asked.call(fault, entries));
+    }
+
+    fn keep(&self, calls: &mut Vec<Call>, call: impl FnOnce() -> Call) {
+        let Options { keeps_calls, on_call, .. } = &self.options;
+        if !keeps_calls && on_call.is_none() {
+            return;
+        }
+        let call = call();
+        if let Some(on_call) = on_call {
+            on_call(&call);
+        }
+        if *keeps_calls {
+            calls.push(call);
         }
     }
 
