@@ -28,7 +28,7 @@ use crate::{
         time::Timestamp,
     },
     metrics::Metrics,
-    store::{Lease, Store, StoreError},
+    store::{Health, Lease, Store, StoreError},
 };
 
 /// Where in 0 … 1 a wait is drawn.
@@ -45,6 +45,12 @@ pub struct Shared {
 impl Shared {
     fn now(&self) -> Timestamp {
         Timestamp::from_ms(self.clock.now_ms())
+    }
+
+    /// Whether what comes of an attempt can be written down. Where not, none is made: it would only be
+    /// made again.
+    fn can_finish(&self) -> bool {
+        self.store.health() == Health::Good
     }
 
     /// The parcel that a lease is for; `None` where nothing is due any more.

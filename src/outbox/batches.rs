@@ -110,8 +110,11 @@ impl Batches {
     }
 
     async fn send_due(&self) -> Result<usize, StoreError> {
+        if !self.shared.can_finish() {
+            return Ok(0);
+        }
         let now = self.shared.now();
-        let sink = self.lock_sink().clone();
+        let sink = self.lock_sink().at(now);
         if now < sink.paused_until {
             // Given back, so that whoever asks what is due is told of them.
             self.lock_gathered().clear();
@@ -210,6 +213,14 @@ struct Sink {
 }
 
 impl Sink {
+    /// No pause is longer than the longest: where it seems so, the clock was set back.
+    fn at(&mut self, now: Timestamp) -> Self {
+        if self.paused_until > now.plus_ms(PAUSE_MAX_MS) {
+            self.paused_until = now;
+        }
+        self.clone()
+    }
+
     /// Whether it was well in a call that began at `began`; how long it is left alone now, if it is.
     fn note(&mut self, well: bool, began: Timestamp, now: Timestamp, jitter: f64) -> Option<u64> {
         if began < self.paused_until {
@@ -295,6 +306,15 @@ mod tests {
         assert_eq!(pauses, [500, 1000, 2000, 4000, 8000, 16000, 32000, 60000, 60000, 60000]);
         assert_eq!(sink.note(true, now, now, 1.0), None);
         assert_eq!(sink.note(false, now, now, 0.0), Some(250), "it begins anew");
+    }
+
+    #[test]
+    fn a_clock_that_is_set_back_ends_the_pause() {
+        let mut sink = Sink::default();
+        sink.note(false, NOW, NOW, 1.0);
+        let earlier = Timestamp::from_ms(NOW.ms() - 3_600_000);
+        assert_eq!(sink.at(NOW).paused_until, NOW.plus_ms(500));
+        assert_eq!(sink.at(earlier).paused_until, earlier);
     }
 
     #[test]

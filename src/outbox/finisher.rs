@@ -108,7 +108,7 @@ impl Finisher {
             match answer {
                 Ok(_) => drop(group),
                 Err(StoreError::Conflict) => written.left.push(group),
-                Err(StoreError::Overloaded) => {
+                Err(StoreError::Overloaded | StoreError::Full) => {
                     written.left.push(group);
                     written.busy = true;
                 }

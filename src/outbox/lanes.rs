@@ -10,6 +10,8 @@ use crate::{courier::Origin, domain::time::Timestamp};
 const BREAKER_FAILURES: u32 = 10;
 /// Idle origins are remembered up to here, for their breakers' sake.
 const ORIGINS_KEPT: usize = 10_000;
+/// The longest wait for a rate, of one a second; where it seems longer, the clock was set back.
+const RATE_WAIT_MAX_MS: u64 = 1_000;
 /// What a rate limit lets go at once, as a part of a second's worth.
 const BURST_OF_SECOND: f64 = 0.05;
 
@@ -186,6 +188,10 @@ impl<T> Lanes<T> {
     fn wake_rested(&mut self, now: Timestamp) {
         while self.resting.first().is_some_and(|(at, _)| *at <= now) {
             self.ready.extend(self.resting.pop_first().map(|(_, origin)| origin));
+        }
+        if self.resting.last().is_some_and(|(at, _)| *at > now.plus_ms(RATE_WAIT_MAX_MS)) {
+            let rested = std::mem::take(&mut self.resting);
+            self.ready.extend(rested.into_iter().map(|(_, origin)| origin));
         }
     }
 
@@ -367,6 +373,17 @@ mod tests {
             next
         });
         assert_eq!(gone.count(), 10, "in a second");
+    }
+
+    #[test]
+    fn a_clock_that_is_set_back_holds_up_no_rate() {
+        let limits = Limits { origin_max_rps: Some(10), ..limits() };
+        let mut lanes = lanes(limits, 1, 3);
+        assert_eq!(go(&mut lanes, NOW).len(), 1);
+        let earlier = Timestamp::from_ms(NOW.ms() - 3_600_000);
+        assert_eq!(go(&mut lanes, earlier).len(), 0, "no token yet");
+        assert_eq!(lanes.wakes_at(), Some(earlier.plus_ms(100)));
+        assert_eq!(go(&mut lanes, earlier.plus_ms(100)).len(), 1);
     }
 
     #[test]

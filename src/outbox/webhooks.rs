@@ -75,6 +75,9 @@ impl Webhooks {
     }
 
     async fn post_due(&self) -> Result<usize, StoreError> {
+        if !self.shared.can_finish() {
+            return Ok(0);
+        }
         let now = self.shared.now();
         let taken_in = self.take_in(now).await?;
         let mut gone = 0;

@@ -66,6 +66,8 @@ struct Pages {
     leased: [Queue; Work::ALL.len()],
     /// Payments in memory without an entry in `Due`: the scan at start must reach the oldest of them.
     unlisted: BTreeSet<PaymentId>,
+    /// Entries in `Due` of payments in memory.
+    listed: Queue,
     /// Entries of `Due` up to here are in memory.
     read_until: Timestamp,
 }
@@ -92,6 +94,7 @@ impl Book {
             queues: Default::default(),
             leased: Default::default(),
             unlisted: BTreeSet::new(),
+            listed: Queue::new(),
             read_until,
         };
         Self { pages: Mutex::new(pages), changed: Default::default() }
@@ -168,7 +171,7 @@ impl Book {
 
     pub fn floors(&self) -> Floors {
         let pages = self.pages();
-        let listed = pages.open.values().filter_map(|open| open.entry).min();
+        let listed = pages.listed.first().map(|(due, _)| *due);
         Floors {
             payment: pages.unlisted.first().copied(),
             due: listed.map_or(pages.read_until, |due| due.min(pages.read_until)),
@@ -196,7 +199,13 @@ impl Book {
 impl Pages {
     fn note(&mut self, id: PaymentId, dues: Dues, entry: Option<Timestamp>, nearer: &mut [bool]) {
         let open = self.open.entry(id).or_default();
-        open.entry = entry;
+        if open.entry != entry {
+            if let Some(old) = open.entry {
+                self.listed.remove(&(old, id));
+            }
+            open.entry = entry;
+            self.listed.extend(entry.map(|at| (at, id)));
+        }
         for (i, slot) in open.slots.iter_mut().enumerate() {
             slot.due = dues.0[i];
             let at = slot.due.filter(|_| slot.leased.is_none());
@@ -235,6 +244,9 @@ impl Pages {
             if let Some(at) = slot.queued {
                 self.queues[i].remove(&(at, id));
             }
+        }
+        if let Some(at) = open.entry {
+            self.listed.remove(&(at, id));
         }
         self.open.remove(&id);
     }

@@ -236,6 +236,7 @@ on_every_engine![
     draws_count_from_zero_without_gaps,
     a_counter_goes_with_the_last_payment_of_its_reservation,
     settled_payments_go_after_their_time,
+    retention_passes_a_record_that_cannot_be_read,
     dead_deliveries_are_found_without_reading_the_rest,
     deliveries_are_listed_page_by_page,
 ];
@@ -563,6 +564,22 @@ async fn deliveries_are_listed_page_by_page(bed: Bed) {
     let to = |origin| DeliveryFilter { origin, ..any_delivery() };
     assert_eq!(bed.found(to(there)).await.len(), wanted.len());
     assert!(bed.found(to(origin("http://127.0.0.1"))).await.is_empty());
+}
+
+async fn retention_passes_a_record_that_cannot_be_read(bed: Bed) {
+    let [damaged, sound] = [1, 2].map(|n| bed.payment(n, Scenario::Approve, None));
+    for payment in [&damaged, &sound] {
+        bed.create(payment).await.unwrap();
+    }
+    bed.clock.advance(Duration::from_secs(2));
+    bed.deliver(&sound).await;
+    let mut batch = Batch::default();
+    batch.put(Table::State, *damaged.terms.id.bytes(), *b"\x01no record");
+    bed.store().shared().tables.write(batch).unwrap();
+    bed.clock.advance(DAY);
+    bed.upkeep().await;
+    assert!(bed.get(&sound).await.is_none());
+    assert_eq!(bed.store().payments(), 1);
 }
 
 #[tokio::test]

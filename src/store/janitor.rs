@@ -204,7 +204,17 @@ impl Work {
             ControlFlow::Continue(())
         })?;
         for id in ids {
-            let Some(stored) = self.shared.get(id)? else { continue };
+            let stored = match self.shared.get(id) {
+                Ok(Some(stored)) => stored,
+                Ok(None) => continue,
+                Err(StoreError::Corrupt(why)) => {
+                    // It stays, and what is behind it goes all the same.
+                    tracing::debug!(payment = id.intent(), why, "a payment cannot be read");
+                    look.survivor = look.survivor.or(Some(id));
+                    continue;
+                }
+                Err(error) => return Err(error),
+            };
             if stored.payment.is_settled() && expired(stored.payment.progress.updated_at) {
                 look.old.push(stored);
                 surplus = surplus.saturating_sub(1);

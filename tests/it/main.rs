@@ -7,6 +7,7 @@ mod support;
 
 mod cards;
 mod commands;
+mod driver;
 mod events;
 mod first_implementation;
 mod idempotency;
