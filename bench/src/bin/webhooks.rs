@@ -46,7 +46,7 @@ const DELAY_MS: u64 = 100;
 const WARM_UP_SECONDS: u64 = 2;
 /// A webhook that takes longer counts as lost.
 const PATIENCE: Duration = Duration::from_secs(15);
-/// The burst's webhooks fall due when most of its payments are made.
+/// The burst's webhooks fall due when its payments are made, which then costs them nothing.
 const BURST_DELAY_MS: u64 = 5_000;
 const BURST_AT_A_TIME: usize = 128;
 
@@ -250,8 +250,8 @@ async fn all_arrived(arrivals: &Arrivals) -> Result<(), String> {
     Ok(())
 }
 
-/// Webhooks a second to one good receiver, all of them due at about the same time: of the middle eight
-/// tenths, so that neither the start nor the end counts.
+/// Webhooks a second to one good receiver: of the middle eight tenths, so that neither the start nor the
+/// end counts. They fall due as fast as their payments were made; more than that cannot be seen.
 async fn burst(dir: &Path, binary: &Path, count: usize) -> Result<f64, String> {
     let service = start(&dir.join("burst"), binary, BURST_DELAY_MS).await?;
     let clock = Stopwatch::start();
