@@ -61,7 +61,7 @@ crash-test: ## kill -9 under load in CYCLES=24 cycles, receivers and queue dying
 	CRASH_CYCLES=$(CYCLES) cargo test --locked --release --features faults --test crash -- --nocapture
 
 .PHONY: bench
-bench: bench-store bench-footprint ## both benchmarks below
+bench: bench-store bench-footprint bench-webhooks ## the three benchmarks below
 
 .PHONY: bench-store
 bench-store: ## whole payments a second through the store alone
@@ -71,6 +71,11 @@ bench-store: ## whole payments a second through the store alone
 bench-footprint: ## memory and start-up time with 5 million payments stored
 	cargo build --locked --release --bin payment-sim --target-dir $(TARGET_DIR)
 	cargo run --release --locked --manifest-path $(BENCH) --target-dir $(TARGET_DIR) --bin footprint
+
+.PHONY: bench-webhooks
+bench-webhooks: ## what receivers that hang, drip or reset cost a good one
+	cargo build --locked --release --bin payment-sim --target-dir $(TARGET_DIR)
+	cargo run --release --locked --manifest-path $(BENCH) --target-dir $(TARGET_DIR) --bin webhooks
 
 # The two commands of the first system's README, to the letter.
 .PHONY: perf-test

@@ -51,6 +51,7 @@ pub async fn drive(
     while !stop.is_cancelled() {
         // Listening starts before the look, so that a change in between is not missed.
         let woken = changed.notified();
+        let looked_at = Timestamp::from_ms(clock.now_ms());
         if step.step().await > 0 {
             continue;
         }
@@ -60,7 +61,8 @@ pub async fn drive(
         let due = step.resumes_at().map_or(due, |at| at.max(due));
         let wake_at = step.wakes_at().map_or(due, |at| at.min(due)).min(poll);
         let until_due = async {
-            if wake_at <= now {
+            // Of what has fallen due only since, the step cannot have known: it looks again at once.
+            if wake_at <= looked_at {
                 tokio::time::sleep(BLOCKED).await;
             } else {
                 clock.sleep_until_ms(wake_at.ms()).await;
@@ -71,5 +73,72 @@ pub async fn drive(
             () = woken => {}
             () = until_due => {}
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        pin::pin,
+        sync::atomic::{AtomicUsize, Ordering},
+        task::Poll,
+    };
+
+    use super::*;
+    use crate::{
+        clock::ManualClock,
+        store::{self, Location, Options, Retention},
+    };
+
+    const START: Timestamp = Timestamp::from_ms(1_767_225_600_000);
+
+    /// Finds nothing, and takes so long over it that something has fallen due when it is done.
+    struct Slow {
+        clock: Arc<ManualClock>,
+        due: Timestamp,
+        steps: AtomicUsize,
+    }
+
+    #[async_trait]
+    impl Step for Slow {
+        fn work(&self) -> Work {
+            Work::Webhook
+        }
+
+        async fn step(&self) -> usize {
+            if self.steps.fetch_add(1, Ordering::Relaxed) == 0 {
+                self.clock.set_ms(self.due.ms());
+            }
+            0
+        }
+
+        fn wakes_at(&self) -> Option<Timestamp> {
+            Some(self.due)
+        }
+    }
+
+    fn empty_store(clock: Arc<dyn Clock>) -> Arc<dyn Store> {
+        let day = Duration::from_secs(86_400);
+        let options = Options {
+            retention: Retention { payments: day, idempotency: day, payments_max: None },
+            clock,
+            on_commit: Arc::new(|_, _| {}),
+            on_dropped_early: Arc::new(|_| {}),
+        };
+        store::open(&Location::Memory, options).unwrap()
+    }
+
+    #[tokio::test]
+    async fn what_falls_due_during_a_step_is_looked_for_at_once_and_then_again_later() {
+        let clock = Arc::new(ManualClock::at_ms(START.ms()));
+        let store = empty_store(Arc::clone(&clock) as _);
+        let step =
+            Slow { clock: Arc::clone(&clock), due: START.plus_ms(5), steps: AtomicUsize::new(0) };
+        let stop = CancellationToken::new();
+        let mut driving = pin!(drive(&step, store, clock, stop));
+        // One poll: as far as it comes without waiting for anything.
+        let poll = std::future::poll_fn(|cx| Poll::Ready(driving.as_mut().poll(cx))).await;
+        assert!(poll.is_pending());
+        assert_eq!(step.steps.load(Ordering::Relaxed), 2, "the second saw it and took nothing");
     }
 }

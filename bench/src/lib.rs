@@ -1,9 +1,11 @@
-//! What both benchmarks share: payments that are a pure function of their number, and what the
-//! kernel says of a process.
+//! What the benchmarks share: payments that are a pure function of their number, the service as a
+//! process of its own, receivers of webhooks, and what the kernel says of a process.
 
 pub mod client;
 pub mod gauge;
 pub mod payments;
+pub mod receiver;
+pub mod service;
 
 /// As the product: the allocator is part of what is measured.
 #[global_allocator]

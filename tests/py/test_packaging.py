@@ -96,7 +96,7 @@ def test_compose_runs_the_emulator_that_the_tests_run():
 
 
 TARGETS = """help run build test lint ci bench docker-build docker-run perf-test grpcui status dev-deps clean
-crash-test bench-store bench-footprint k8s demo-aws""".split()
+crash-test bench-store bench-footprint bench-webhooks k8s demo-aws""".split()
 
 
 def make(*arguments):

@@ -6,10 +6,8 @@
 
 use std::{
     fs,
-    io::{Read, Write},
-    net::{SocketAddr, TcpListener, TcpStream},
     path::{Path, PathBuf},
-    process::{Child, Command, ExitCode, Stdio},
+    process::ExitCode,
     sync::Arc,
     time::Duration,
 };
@@ -17,8 +15,9 @@ use std::{
 use bench::{
     argument, check_arguments,
     client::Client,
-    gauge::{disk_bytes, memory_mib, quantile},
+    gauge::{disk_bytes, quantile},
     payments::{Maker, delivered, mix},
+    service::{Service, beside},
 };
 use payment_sim::{
     api::pb::{
@@ -38,8 +37,6 @@ use tokio::task::JoinSet;
 
 const MEMORY_MIB_MAX: f64 = 512.0;
 const START_MAX: Duration = Duration::from_secs(5);
-/// A start that takes longer has failed.
-const PATIENCE: Duration = Duration::from_secs(120);
 const READS: u64 = 10_000;
 const READS_AT_A_TIME: usize = 50;
 const LISTS: u64 = 5;
@@ -79,8 +76,7 @@ fn run() -> Result<bool, String> {
     check_arguments(&["payments", "owed", "dir", "binary"])?;
     let (payments, owed) = (argument("payments", 5_000_000)?, argument("owed", 100_000)?);
     let given: String = argument("dir", String::new())?;
-    let beside = std::env::current_exe().map_err(|error| error.to_string())?;
-    let binary: PathBuf = argument("binary", beside.with_file_name("payment-sim"))?;
+    let binary: PathBuf = argument("binary", beside("payment-sim")?)?;
     let dir = match given.as_str() {
         "" => std::env::temp_dir().join(format!("payment-sim-footprint-{}", std::process::id())),
         given => PathBuf::from(given),
@@ -181,26 +177,16 @@ async fn commit(store: Arc<Embedded>, commits: Vec<Commit>) -> Result<(), String
 }
 
 async fn measure(dir: &Path, binary: &Path, filling: &Filling) -> Result<bool, String> {
-    let (grpc, ops) = (free_port()?, free_port()?);
     let took = Stopwatch::start();
-    let mut service = Service::start(dir, binary, grpc, ops)?;
-    while !is_ready(ops) {
-        if took.elapsed() > PATIENCE {
-            return Err(format!("not ready after {PATIENCE:?}"));
-        }
-        if let Ok(Some(status)) = service.0.try_wait() {
-            return Err(format!("{} ended with {status}", binary.display()));
-        }
-        tokio::time::sleep(Duration::from_millis(5)).await;
-    }
+    let service = Service::start(dir, binary, &[]).await?;
     let start = took.elapsed();
     println!("ready {:.2} s after its start", start.as_secs_f64());
-    let mut most = service.memory("after the start");
-    let client = Client::connect(SocketAddr::from(([127, 0, 0, 1], grpc))).await?;
+    let mut most = memory(&service, "after the start");
+    let client = service.connect().await?;
     read(&client, filling).await?;
-    most = most.max(service.memory(&format!("after {READS} payments read")));
+    most = most.max(memory(&service, &format!("after {READS} payments read")));
     list(&client, filling).await?;
-    most = most.max(service.memory(&format!("after {LISTS} lists of a user, {LISTS} of all")));
+    most = most.max(memory(&service, &format!("after {LISTS} lists of a user, {LISTS} of all")));
     let stored = disk_bytes(&dir.join("data")).map_err(|error| error.to_string())? as f64;
     println!("disk {:.0} bytes a payment", stored / (filling.settled + filling.owed) as f64);
     let fits = most < MEMORY_MIB_MAX && start < START_MAX;
@@ -268,56 +254,9 @@ async fn list(client: &Client, filling: &Filling) -> Result<(), String> {
     Ok(())
 }
 
-struct Service(Child);
-
-impl Service {
-    fn start(dir: &Path, binary: &Path, grpc: u16, ops: u16) -> Result<Self, String> {
-        Command::new(binary)
-            // No settings but these: also none of an .env file's.
-            .current_dir(dir)
-            .env_clear()
-            .env("STORE_URL", format!("file:{}", dir.join("data").display()))
-            .env("GRPC_PORT", grpc.to_string())
-            .env("OPS_PORT", ops.to_string())
-            .env("EVENT_SINK", "none")
-            .env("LOG_LEVEL", "warn")
-            .stdout(Stdio::null())
-            .spawn()
-            .map(Self)
-            .map_err(|error| format!("{}: {error}", binary.display()))
-    }
-
-    /// Prints what is resident; returns all of it, in MiB.
-    fn memory(&self, when: &str) -> f64 {
-        let pid = self.0.id().to_string();
-        let [rss, own, file] = ["VmRSS", "RssAnon", "RssFile"].map(|name| memory_mib(&pid, name));
-        println!("RSS {rss:.0} MiB {when} ({own:.0} of its own, {file:.0} of files)");
-        rss
-    }
-}
-
-impl Drop for Service {
-    fn drop(&mut self) {
-        // What it acknowledged is on the disk; nothing else is asked of it.
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
-}
-
-fn free_port() -> Result<u16, String> {
-    let listener = TcpListener::bind(("127.0.0.1", 0)).and_then(|listener| listener.local_addr());
-    listener.map(|address| address.port()).map_err(|error| error.to_string())
-}
-
-fn is_ready(ops: u16) -> bool {
-    let ask = || -> std::io::Result<String> {
-        let mut stream = TcpStream::connect(("127.0.0.1", ops))?;
-        stream.set_read_timeout(Some(Duration::from_secs(1)))?;
-        stream
-            .write_all(b"GET /readyz HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n")?;
-        let mut reply = String::new();
-        stream.read_to_string(&mut reply)?;
-        Ok(reply)
-    };
-    ask().is_ok_and(|reply| reply.starts_with("HTTP/1.1 200"))
+/// Prints what is resident; returns all of it, in MiB.
+fn memory(service: &Service, when: &str) -> f64 {
+    let [rss, own, file] = ["VmRSS", "RssAnon", "RssFile"].map(|name| service.memory_mib(name));
+    println!("RSS {rss:.0} MiB {when} ({own:.0} of its own, {file:.0} of files)");
+    rss
 }
