@@ -605,6 +605,17 @@ async fn over_the_cap_the_oldest_settled_payments_go_early() {
 }
 
 #[tokio::test]
+async fn creates_are_refused_while_dropping_is_behind_and_no_longer() {
+    let bed = Bed::new(None, Retention { payments_max: Some(10), ..KEEP });
+    let behind = &bed.store().shared().dropping_behind;
+    behind.store(true, std::sync::atomic::Ordering::Relaxed);
+    let payment = bed.payment(1, Scenario::Approve, None);
+    assert_eq!(bed.create(&payment).await, Err(StoreError::Overloaded));
+    bed.upkeep().await;
+    assert!(bed.create(&payment).await.is_ok(), "there is nothing to drop");
+}
+
+#[tokio::test]
 async fn everything_survives_a_restart() {
     let mut bed = Bed::disk();
     let secret = *bed.store().secret().bytes();

@@ -78,6 +78,7 @@ impl Embedded {
             sequence: AtomicU64::new(opened.sequence),
             payments: AtomicU64::new(opened.payments),
             full: AtomicBool::new(false),
+            dropping_behind: AtomicBool::new(false),
             open_max: OPEN_MAX,
             failed: watch::Sender::new(false),
             tables,

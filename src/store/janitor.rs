@@ -31,10 +31,13 @@ const RESERVE_BYTES: u64 = 256 << 20;
 const RELIEF_BYTES: u64 = 320 << 20;
 /// Payments dropped in one commit: a larger one would hold up creates.
 const CHUNK: usize = 500;
-/// Payments looked at in one go, to bound memory.
-const LOOK_AHEAD: usize = 2_000;
-/// Share of a round that dropping may take.
+/// Payments looked at in one go, to bound memory. Their chunks wait for the writer together: under load it
+/// takes long to answer each.
+const LOOK_AHEAD: usize = 8_000;
+/// Of one round; where there is more to drop, the next follows at once.
 const DROPPING_MAX: Duration = Duration::from_millis(500);
+/// The cap may be passed by this part of it; where dropping falls further behind, creates are refused.
+const CAP_SLACK: u64 = 20;
 
 struct Work {
     shared: Arc<Shared>,
@@ -80,9 +83,10 @@ impl Janitor {
             std::thread::Builder::new().name("store-janitor".to_owned()).spawn(move || {
                 // Without upkeep the disk fills unseen: end at once instead.
                 let _abort = AbortOnPanic;
-                while stopped.recv_timeout(ROUND_EVERY) == Err(sync_mpsc::RecvTimeoutError::Timeout)
-                {
-                    rounds.round();
+                let mut wait = ROUND_EVERY;
+                while stopped.recv_timeout(wait) == Err(sync_mpsc::RecvTimeoutError::Timeout) {
+                    let is_done = rounds.round();
+                    wait = if is_done { ROUND_EVERY } else { Duration::ZERO };
                 }
             })?;
         Ok(Self { work, stop, thread: Mutex::new(Some(thread)) })
@@ -104,16 +108,19 @@ impl Janitor {
 }
 
 impl Work {
-    fn round(&self) {
+    /// False: there is more to drop.
+    fn round(&self) -> bool {
         self.watch_space();
         self.note_high_water();
         if self.shared.health() != Health::Good {
-            return;
+            return true;
         }
-        if let Err(error) = self.retain() {
+        let is_done = self.retain().unwrap_or_else(|error| {
             tracing::warn!(%error, "old payments could not be dropped");
-        }
+            true
+        });
         self.keep_marks();
+        is_done
     }
 
     fn watch_space(&self) {
@@ -148,25 +155,33 @@ impl Work {
         }
     }
 
-    fn retain(&self) -> Result<(), StoreError> {
+    /// False: it stopped before its end.
+    fn retain(&self) -> Result<bool, StoreError> {
         let now = Timestamp::from_ms(self.clock.now_ms());
         self.lapse(now)?;
         let took = Stopwatch::start();
         let mut at = *self.oldest.lock().unwrap_or_else(PoisonError::into_inner);
         let mut survivor = None;
-        while took.elapsed() < DROPPING_MAX {
+        let mut is_done = false;
+        while !is_done && took.elapsed() < DROPPING_MAX {
             let surplus = self.surplus();
             let look = self.look(at, now, surplus)?;
             let stayed = [self.drop_all(look.old, false)?, self.drop_all(look.surplus, true)?];
             let stayed = stayed.into_iter().flatten().chain(look.survivor).min();
             survivor = survivor.or(stayed);
             at = look.reached;
-            if look.ended {
-                break;
-            }
+            is_done = look.ended;
         }
         *self.oldest.lock().unwrap_or_else(PoisonError::into_inner) = survivor.or(at);
-        Ok(())
+        let slack = self.shared.retention.payments_max.unwrap_or(u64::MAX) / CAP_SLACK;
+        let is_behind = !is_done && self.surplus() > slack;
+        if self.shared.dropping_behind.swap(is_behind, Ordering::Relaxed) != is_behind {
+            tracing::warn!(
+                is_behind,
+                "dropping payments over the cap; creates are refused while behind"
+            );
+        }
+        Ok(is_done)
     }
 
     /// How many payments there are too many.
@@ -189,7 +204,7 @@ impl Work {
         let span = Span::forwards(start, Bound::Unbounded);
         let mut look = Look { ended: true, reached: from, ..Look::default() };
         let mut enough = false;
-        self.shared.scan(Table::Payment, span, &mut |key, _| {
+        self.shared.scan(Table::Payment, span, &mut |key, terms| {
             let Ok(id) = record::id(key) else { return ControlFlow::Continue(()) };
             look.reached = Some(id);
             if !expired(id.made_at()) && ids.len() as u64 >= surplus {
@@ -200,13 +215,13 @@ impl Work {
                 look.ended = false;
                 return ControlFlow::Break(());
             }
-            ids.push(id);
+            ids.push((id, terms.to_vec()));
             ControlFlow::Continue(())
         })?;
-        for id in ids {
-            let stored = match self.shared.get(id) {
-                Ok(Some(stored)) => stored,
-                Ok(None) => continue,
+        for (id, terms) in ids {
+            let state = self.shared.read(Table::State, id.bytes())?;
+            let stored = match record::payment(&terms, state.as_deref()) {
+                Ok(stored) => stored,
                 Err(StoreError::Corrupt(why)) => {
                     // It stays, and what is behind it goes all the same.
                     tracing::debug!(payment = id.intent(), why, "a payment cannot be read");
@@ -238,11 +253,15 @@ impl Work {
         early: bool,
     ) -> Result<Option<PaymentId>, StoreError> {
         let mut stayed = None;
+        let mut sent = Vec::new();
         let mut rest = payments.into_iter().peekable();
         while let Some(first) = rest.peek().map(|stored| stored.payment.terms.id) {
             let payments: Vec<_> = rest.by_ref().take(CHUNK).collect();
-            let sent = payments.len();
-            let dropped = self.run(|answer| Job::Drop { payments, answer })?;
+            let count = payments.len();
+            sent.push((first, count, self.send(|answer| Job::Drop { payments, answer })?));
+        }
+        for (first, sent, dropped) in sent {
+            let dropped = dropped.blocking_recv().map_err(|_| StoreError::Unavailable)?;
             if dropped < sent {
                 stayed = stayed.or(Some(first));
             }
@@ -273,10 +292,17 @@ impl Work {
     }
 
     fn run(&self, job: impl FnOnce(oneshot::Sender<usize>) -> Job) -> Result<usize, StoreError> {
+        // Not a runtime's thread; the janitor may wait.
+        self.send(job)?.blocking_recv().map_err(|_| StoreError::Unavailable)
+    }
+
+    fn send(
+        &self,
+        job: impl FnOnce(oneshot::Sender<usize>) -> Job,
+    ) -> Result<oneshot::Receiver<usize>, StoreError> {
         let (answer, answered) = oneshot::channel();
         self.jobs.blocking_send(job(answer)).map_err(|_| StoreError::Unavailable)?;
-        // Not a runtime's thread; the janitor may wait.
-        answered.blocking_recv().map_err(|_| StoreError::Unavailable)
+        Ok(answered)
     }
 }
 

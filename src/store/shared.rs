@@ -50,6 +50,8 @@ pub struct Shared {
     pub sequence: AtomicU64,
     pub payments: AtomicU64,
     pub full: AtomicBool,
+    /// More payments than the cap and its slack allow, and the janitor cannot keep up.
+    pub dropping_behind: AtomicBool,
     pub open_max: usize,
     pub failed: watch::Sender<bool>,
 }

@@ -259,7 +259,8 @@ impl Writer {
 
     fn stage_create(&self, stage: &mut Stage, payment: &Payment) -> Result<(), StoreError> {
         let terms = &payment.terms;
-        if self.shared.book.open() >= self.shared.open_max {
+        let has_room = self.shared.book.open() < self.shared.open_max;
+        if !has_room || self.shared.dropping_behind.load(Ordering::Relaxed) {
             return Err(StoreError::Overloaded);
         }
         stage.batch.put(Table::Payment, *terms.id.bytes(), record::terms(terms));
