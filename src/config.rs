@@ -106,6 +106,9 @@ pub trait BinaryConfig: Sized {
     const BINARY: Binary;
 
     fn new(given: &Resolved) -> Self;
+
+    /// What log lines look like, and the least level of them.
+    fn logs(&self) -> (Stage, LogLevel);
 }
 
 /// What the process was called to do.
@@ -185,6 +188,10 @@ impl<C: BinaryConfig> Invocation<C> {
 
 impl BinaryConfig for Config {
     const BINARY: Binary = Binary::PaymentSim;
+
+    fn logs(&self) -> (Stage, LogLevel) {
+        (self.stage, self.log_level)
+    }
 
     fn new(given: &Resolved) -> Self {
         let public_url: Option<Url> = given.take("PUBLIC_URL");

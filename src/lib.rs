@@ -42,4 +42,5 @@ pub mod runtime;
 pub mod server;
 pub mod service;
 pub mod slot;
+pub mod start;
 pub mod telemetry;

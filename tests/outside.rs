@@ -166,7 +166,13 @@ async fn no_secret_card_or_signature_reaches_a_log_or_an_event() {
         assert_eq!(listed.is_ok(), admitted);
     }
     assert!(until(SOON, || async { bed.signatures().len() >= 2 }).await, "no webhook came");
-    tokio::time::sleep(Duration::from_millis(500)).await;
+    // What a failed attempt leaves in the log is there once it is counted.
+    let failed = r#"webhook_deliveries_total{result="retry"} "#;
+    let is_counted = || async {
+        let metrics = get(bed.launch.ops_port, "/metrics").await.expect("metrics");
+        metrics.lines().any(|line| line.strip_prefix(failed).is_some_and(|n| n != "0"))
+    };
+    assert!(until(SOON, is_counted).await, "the receiver that is not there was not tried");
     let signatures = bed.signatures();
     let data = bed.folder.path().join("data");
     let files = files(&data);

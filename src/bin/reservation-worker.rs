@@ -2,40 +2,11 @@
 
 use std::process::ExitCode;
 
-use payment_sim::{
-    config::{self, Invocation, WorkerConfig},
-    healthcheck, process,
-    reservation::run,
-    telemetry,
-};
+use payment_sim::{config::WorkerConfig, reservation::run, start::start};
 
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 fn main() -> ExitCode {
-    let config = match config::load::<WorkerConfig>() {
-        Ok(Invocation::Serve(config)) => config,
-        Ok(Invocation::Healthcheck { ops }) => return check_health(ops),
-        Err(code) => return code,
-    };
-    if let Err(error) = telemetry::init(config.stage, config.log_level) {
-        return give_up(&error);
-    }
-    process::raise_descriptor_limit();
-    match run::bind(&config) {
-        Ok(ops) => run::run(&config, ops),
-        Err(error) => give_up(&error),
-    }
-}
-
-fn check_health(ops: std::net::SocketAddr) -> ExitCode {
-    match healthcheck::run(ops) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(why) => give_up(&why),
-    }
-}
-
-fn give_up(why: &dyn std::fmt::Display) -> ExitCode {
-    eprintln!("reservation-worker: {why}");
-    ExitCode::FAILURE
+    start(|config: &WorkerConfig| Ok(run::run(config, run::bind(config)?)))
 }

@@ -36,6 +36,10 @@ pub struct ReservationApiConfig {
 impl BinaryConfig for WorkerConfig {
     const BINARY: Binary = Binary::ReservationWorker;
 
+    fn logs(&self) -> (Stage, LogLevel) {
+        (self.stage, self.log_level)
+    }
+
     fn new(given: &Resolved) -> Self {
         let url: Option<Url> = given.take("RESERVATION_API_URL");
         Self {

@@ -1,6 +1,6 @@
 //! What the AWS couriers share: how a batch is cut into calls, and what a call that failed says.
 
-use std::{error::Error, time::Duration};
+use std::error::Error;
 
 use async_trait::async_trait;
 use aws_sdk_eventbridge::{
@@ -87,7 +87,7 @@ pub async fn attempt<S: Batched>(
     entries: &[S::Entry],
     now: Timestamp,
 ) -> Vec<Attempted> {
-    let unsent = Noted { at: now, took: Duration::ZERO, http_status: None };
+    let unsent = Noted::unsent(now);
     // What no call takes is what is too large for any.
     let mut verdicts = vec![unsent.refused("ENTRY_TOO_LARGE"); entries.len()];
     for places in calls(service, entries) {

@@ -99,6 +99,11 @@ struct Noted {
 }
 
 impl Noted {
+    /// Of an attempt that was not made, or has not ended.
+    const fn unsent(at: Timestamp) -> Self {
+        Self { at, took: Duration::ZERO, http_status: None }
+    }
+
     fn accepted(self) -> Attempted {
         self.attempted(None, Verdict::Accepted)
     }

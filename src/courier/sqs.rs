@@ -1,7 +1,7 @@
 //! Queues: events straight to one, in EventBridge's envelope, and letters about webhooks that were given
 //! up. `SendMessageBatch`, up to ten a call; the call answers entry by entry, and so do the couriers.
 
-use std::{collections::HashMap, time::Duration};
+use std::collections::HashMap;
 
 use async_trait::async_trait;
 use aws_config::SdkConfig;
@@ -121,7 +121,7 @@ impl Courier for SqsCourier {
         let message = |(place, parcel)| Some((place, self.message(parcel)?));
         let (places, messages): (Vec<usize>, Vec<Message>) =
             batch.iter().enumerate().filter_map(message).unzip();
-        let mut verdicts = vec![unsent(now).refused("MALFORMED_DETAIL"); batch.len()];
+        let mut verdicts = vec![Noted::unsent(now).refused("MALFORMED_DETAIL"); batch.len()];
         let sent = aws_call::attempt(&self.queue, &messages, now).await;
         for (place, verdict) in places.into_iter().zip(sent) {
             verdicts[place] = verdict;
@@ -175,7 +175,7 @@ impl Courier for NoDeadLetterQueue {
     }
 
     async fn attempt(&self, batch: &[Parcel], now: Timestamp) -> Vec<Attempted> {
-        vec![unsent(now).refused("NO_QUEUE"); batch.len()]
+        vec![Noted::unsent(now).refused("NO_QUEUE"); batch.len()]
     }
 }
 
@@ -232,10 +232,6 @@ fn as_sqs_takes_it(text: String) -> String {
         }
     }
     out
-}
-
-fn unsent(now: Timestamp) -> Noted {
-    Noted { at: now, took: Duration::ZERO, http_status: None }
 }
 
 /// As a queue takes it.

@@ -119,7 +119,7 @@ impl<C: Connect + Clone + Send + Sync + 'static> WebhookCourier<C> {
     }
 
     async fn post(&self, parcel: &Parcel, now: Timestamp) -> Attempted {
-        let unsent = Noted { at: now, took: Duration::ZERO, http_status: None };
+        let unsent = Noted::unsent(now);
         // Both were checked when the payment was made; trying again would not mend them.
         let Some(url) = &parcel.url else { return unsent.refused("NO_WEBHOOK_URL") };
         let Some(mut request) = self.request(url, parcel, now) else {

@@ -122,7 +122,8 @@ async fn a_commit_runs_to_its_end_though_the_caller_hangs_up() {
     let folder = tempfile::tempdir().unwrap();
     let mut app = TestApp::stored_in(folder.path()).await;
     let warm = app.pay(Scenario::Approve, "").await;
-    for n in 0..20 {
+    let mut hung_up = 0;
+    for n in 0..200 {
         let user_id = format!("user-gone-{n}");
         let request = CreatePaymentIntentRequest { user_id: user_id.clone(), ..create("r") };
         let mut client = app.client.clone();
@@ -130,8 +131,9 @@ async fn a_commit_runs_to_its_end_though_the_caller_hangs_up() {
             let mut call = pin!(client.create_payment_intent(request));
             tokio::select! {
                 biased;
-                answer = &mut call => panic!("answered at once: {answer:?}"),
-                () = std::future::ready(()) => {}
+                // On a busy machine the answer may overtake us: such a round shows nothing.
+                answer = &mut call => { answer.unwrap(); }
+                () = std::future::ready(()) => hung_up += 1,
             }
             app.status(&warm).await;
         }
@@ -141,6 +143,10 @@ async fn a_commit_runs_to_its_end_though_the_caller_hangs_up() {
             (list.payments.len() == 1).then_some(())
         })
         .await;
+        if hung_up == 20 {
+            break;
+        }
     }
+    assert_eq!(hung_up, 20);
     app.leave_undelivered();
 }
