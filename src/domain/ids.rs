@@ -15,8 +15,9 @@ const PAYMENT_PREFIX: &str = "pay_";
 const CLIENT_SECRET_CHARS: usize = 24;
 const APPROVAL_NO_MODULUS: u64 = 10_000_000_000;
 
-/// The id of a payment: 48 bits of Unix milliseconds, then 80 bits that are unique.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+/// The id of a payment: 48 bits of Unix milliseconds, then 80 bits that are unique. The default is smaller
+/// than any that is made.
+#[derive(Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct PaymentId([u8; 16]);
 
 impl PaymentId {
@@ -36,6 +37,12 @@ impl PaymentId {
     /// The smallest id that can be made at `at`: ids below it are older.
     pub const fn floor(at: Timestamp) -> Self {
         Self::from_parts(at, 0)
+    }
+
+    /// The id right above it.
+    #[must_use]
+    pub const fn next(&self) -> Self {
+        Self(u128::from_be_bytes(self.0).saturating_add(1).to_be_bytes())
     }
 
     /// The moment that the id was made.

@@ -182,6 +182,11 @@ impl Bed {
         tokio::task::spawn_blocking(move || store.upkeep()).await.unwrap();
     }
 
+    async fn bring_in(&self) {
+        let store = Arc::clone(self.store());
+        tokio::task::spawn_blocking(move || store.bring_in()).await.unwrap();
+    }
+
     async fn page(&self, query: ListQuery) -> Page {
         self.store().list(query).await.unwrap()
     }
@@ -236,6 +241,9 @@ on_every_engine![
     draws_count_from_zero_without_gaps,
     a_counter_goes_with_the_last_payment_of_its_reservation,
     settled_payments_go_after_their_time,
+    what_is_derived_is_found_before_and_after_it_is_in_its_tables,
+    what_is_gone_is_gone_everywhere_and_stays_so,
+    what_changes_while_it_is_judged_stays,
     retention_passes_a_record_that_cannot_be_read,
     dead_deliveries_are_found_without_reading_the_rest,
     deliveries_are_listed_page_by_page,
@@ -479,6 +487,124 @@ async fn settled_payments_go_after_their_time(bed: Bed) {
     assert_eq!(bed.store().payments(), 1);
 }
 
+async fn what_is_derived_is_found_before_and_after_it_is_in_its_tables(mut bed: Bed) {
+    let all: Vec<_> =
+        (1..=6).map(|n| bed.payment(n, Scenario::Approve, Some((n as u8, 1)))).collect();
+    let check = async |bed: &Bed, created: &[Payment]| {
+        for payment in created {
+            let again = bed.payment(99, Scenario::Approve, None);
+            let mut terms = (*again.terms).clone();
+            terms.idempotency = payment.terms.idempotency;
+            let replayed = bed.create(&Payment::create(Arc::new(terms))).await.unwrap();
+            let Committed::Replayed(Remembered::Created { id, .. }) = replayed else {
+                panic!("its key is not known");
+            };
+            assert_eq!(id, payment.terms.id);
+        }
+        for user in ["user-0", "user-1"] {
+            let mut wanted: Vec<_> =
+                created.iter().filter(|p| p.terms.user_id == user).map(|p| p.terms.id).collect();
+            wanted.reverse();
+            for direction in [Direction::Older, Direction::Newer] {
+                let page =
+                    bed.page(ListQuery { user: Some(user.into()), direction, ..any() }).await;
+                let listed: Vec<_> = page.payments.iter().map(|p| p.payment.terms.id).collect();
+                assert_eq!(listed, wanted, "{user} {direction:?}");
+            }
+        }
+    };
+    for (n, payment) in all.iter().enumerate() {
+        bed.create(payment).await.unwrap();
+        check(&bed, &all[..=n]).await;
+        match n {
+            // Half in the tables, half not.
+            1 | 3 => bed.bring_in().await,
+            // And none of it where it was.
+            2 | 4 if bed.folder.is_some() => bed.reopen().await,
+            _ => {}
+        }
+        check(&bed, &all[..=n]).await;
+    }
+    bed.bring_in().await;
+    let in_tables = |table| {
+        let (mut rows, all) = (0, tables::Span::forwards(Bound::Unbounded, Bound::Unbounded));
+        let mut count = |_: &[u8], _: &[u8]| {
+            rows += 1;
+            ControlFlow::Continue(())
+        };
+        bed.store().shared().tables.scan(table, all, &mut count).unwrap();
+        rows
+    };
+    assert_eq!((in_tables(Table::Key), in_tables(Table::Index)), (6, 12));
+    check(&bed, &all).await;
+}
+
+async fn what_is_gone_is_gone_everywhere_and_stays_so(mut bed: Bed) {
+    let gone = bed.payment(1, Scenario::Approve, Some((1, 1)));
+    let kept = bed.payment(3, Scenario::Approve, Some((3, 1)));
+    bed.create(&gone).await.unwrap();
+    bed.create(&kept).await.unwrap();
+    bed.bring_in().await;
+    bed.clock.advance(Duration::from_secs(2));
+    bed.deliver(&gone).await;
+    bed.clock.advance(DAY);
+    bed.upkeep().await;
+    let shared = bed.store().shared();
+    shared.tables.reclaim(&shared.horizon).unwrap();
+    for _ in 0..2 {
+        assert!(bed.get(&gone).await.is_none());
+        assert_eq!(bed.get(&kept).await.unwrap().payment, kept);
+        let page = bed.page(ListQuery { user: Some("user-1".into()), ..any() }).await;
+        assert_eq!(page.payments.len(), 1);
+        assert_eq!(bed.store().payments(), 1);
+        if bed.folder.is_some() {
+            bed.reopen().await;
+        }
+    }
+    let mut again = (*bed.payment(5, Scenario::Approve, Some((1, 2))).terms).clone();
+    again.reservation_id = "another".into();
+    let again = Payment::create(Arc::new(again));
+    assert!(matches!(bed.create(&again).await, Ok(Committed::Done(_))), "its key is free");
+    bed.deliver(&kept).await;
+    bed.upkeep().await;
+    assert!(bed.get(&kept).await.is_none(), "it owes nothing any more");
+    assert_eq!(bed.store().payments(), 1);
+}
+
+async fn what_changes_while_it_is_judged_stays(bed: Bed) {
+    let [changed, late, gone] = [1, 2, 3].map(|n| bed.payment(n, Scenario::Approve, None));
+    bed.create(&changed).await.unwrap();
+    bed.create(&gone).await.unwrap();
+    bed.clock.advance(Duration::from_secs(2));
+    bed.deliver(&gone).await;
+    let store = Arc::clone(bed.store());
+    let job = |job: writer::Job| store.send(job).unwrap();
+    let (answer, answered) = tokio::sync::oneshot::channel();
+    job(writer::Job::Watch { answer });
+    answered.await.unwrap();
+    bed.deliver(&changed).await;
+    bed.create(&late).await.unwrap();
+    let ids = [changed.terms.id, gone.terms.id];
+    let (answer, answered) = tokio::sync::oneshot::channel();
+    let passed = writer::Passed {
+        to: gone.terms.id.next(),
+        gone: ids.to_vec(),
+        kept: Vec::new(),
+        dead: Vec::new(),
+        drew: Default::default(),
+    };
+    job(writer::Job::Pass { passed, answer });
+    assert_eq!(answered.await.unwrap(), 1);
+    assert!(bed.get(&changed).await.is_some());
+    assert!(bed.get(&late).await.is_some(), "it came meanwhile, with an older id");
+    assert!(bed.get(&gone).await.is_none());
+    let before = Versioned { payment: gone.clone(), revision: Revision(1) };
+    assert_eq!(bed.update(before, gone).await, Err(StoreError::Conflict), "it does not come back");
+    let later = Payment::create(Arc::new(Terms { id: ids[0].next(), ..(*late.terms).clone() }));
+    bed.create(&later).await.unwrap();
+    assert!(bed.get(&later).await.is_some(), "its id is older than the horizon");
+}
+
 /// The payments in the `Dead` table, which nothing outside the store sees.
 fn rows_of_dead(bed: &Bed) -> Vec<PaymentId> {
     let mut ids = Vec::new();
@@ -642,13 +768,13 @@ async fn a_store_that_is_in_use_newer_or_damaged_is_refused() {
     bed.close().await;
     let folder = bed.folder.as_ref().unwrap().path().join("data");
     let format = folder.join("FORMAT");
-    std::fs::write(&format, "2\n").unwrap();
-    assert!(matches!(bed.open(), Err(OpenError::NewerFormat { found: 2, .. })));
+    std::fs::write(&format, "3\n").unwrap();
+    assert!(matches!(bed.open(), Err(OpenError::NewerFormat { found: 3, .. })));
     std::fs::write(&format, "one").unwrap();
     assert!(matches!(bed.open(), Err(OpenError::Corrupt { .. })));
     std::fs::remove_file(&format).unwrap();
     assert!(matches!(bed.open(), Err(OpenError::Corrupt { .. })));
-    std::fs::write(&format, "1\n").unwrap();
+    std::fs::write(&format, "2\n").unwrap();
     std::fs::write(folder.join("commit.mark"), "9999\n").unwrap();
     let refused = bed.open().err().unwrap().to_string();
     assert!(refused.contains("acknowledged payments are missing"), "{refused}");
@@ -656,9 +782,39 @@ async fn a_store_that_is_in_use_newer_or_damaged_is_refused() {
     assert!(bed.open().is_ok(), "nothing was touched");
 }
 
+/// As the first format left it: keys and lists in the commits, and no marks of theirs.
+#[tokio::test]
+async fn a_store_of_the_first_format_is_read_and_becomes_one_of_this() {
+    let mut bed = Bed::disk();
+    let payment = bed.payment(1, Scenario::Approve, Some((1, 1)));
+    bed.create(&payment).await.unwrap();
+    let shared = bed.store().shared();
+    let derived = shared.derived(&payment.terms);
+    let Idempotency { key, request } = derived.idempotency.unwrap();
+    let mut batch = Batch::default();
+    batch.put(Table::Key, key.0, record::created(request, derived.id));
+    for name in derived.names {
+        batch.put(Table::Index, record::index_key(name, derived.id), []);
+    }
+    batch.delete(Table::Meta, writer::meta::DERIVED);
+    shared.tables.write(batch).unwrap();
+    bed.close().await;
+    let format = bed.folder.as_ref().unwrap().path().join("data/FORMAT");
+    std::fs::write(&format, "1\n").unwrap();
+    for _ in 0..2 {
+        bed.store = Some(bed.open().unwrap());
+        assert_eq!(std::fs::read_to_string(&format).unwrap(), "2\n");
+        let again = bed.payment(9, Scenario::Approve, Some((1, 1)));
+        assert!(matches!(bed.create(&again).await, Ok(Committed::Replayed(_))));
+        let by_user = ListQuery { user: Some("user-1".into()), ..any() };
+        assert_eq!(bed.page(by_user).await.payments.len(), 1);
+        bed.close().await;
+    }
+}
+
 #[test]
 fn what_a_batch_says_last_of_a_key_holds() {
-    use super::{disk::Disk, memory::Memory, tables::Tables};
+    use super::{disk::Disk, horizon::Horizon, memory::Memory, tables::Tables};
     let folder = tempfile::tempdir().unwrap();
     let write = |tables: &dyn Tables| {
         let mut batch = Batch::default();
@@ -675,9 +831,9 @@ fn what_a_batch_says_last_of_a_key_holds() {
     let memory = Memory::default();
     write(&memory);
     check(&memory);
-    let disk = Disk::open(folder.path()).unwrap();
+    let disk = Disk::open(folder.path(), &Arc::new(Horizon::default())).unwrap();
     write(&disk);
     check(&disk);
     drop(disk);
-    check(&Disk::open(folder.path()).unwrap());
+    check(&Disk::open(folder.path(), &Arc::new(Horizon::default())).unwrap());
 }

@@ -3,23 +3,30 @@
 use std::{
     fs::{self, File},
     io::{self, Write},
-    ops::ControlFlow,
+    ops::{Bound, ControlFlow},
     panic::{AssertUnwindSafe, catch_unwind},
     path::{Path, PathBuf},
+    sync::Arc,
 };
 
 use fjall::{
-    Database, Keyspace, KeyspaceCreateOptions, PersistMode,
+    AbstractTree, Database, Keyspace, KeyspaceCreateOptions, PersistMode,
+    compaction::filter::{
+        CompactionFilter, CompactionFilterResult, Context, Factory, ItemAccessor, Verdict,
+    },
     config::{BloomConstructionPolicy, FilterPolicy, FilterPolicyEntry},
 };
 
 use super::{
     OpenError,
-    tables::{Batch, Span, Table, Tables, TablesError, Visit},
+    horizon::Horizon,
+    record,
+    tables::{Batch, DROPPED, Rows, Span, Table, Tables, TablesError, Visit},
 };
 
-/// The layout that this version writes. Older ones are read, newer ones refused.
-const FORMAT: u32 = 1;
+/// The layout that this version writes. Older ones are read and become this one, newer ones are refused.
+/// 2: keys and lists are not in the commits, and what is below the horizon is gone.
+const FORMAT: u32 = 2;
 const FORMAT_FILE: &str = "FORMAT";
 const MARK_FILE: &str = "commit.mark";
 const ENGINE_FOLDER: &str = "fjall";
@@ -44,10 +51,11 @@ pub struct Disk {
 }
 
 impl Disk {
-    pub fn open(folder: &Path) -> Result<Self, OpenError> {
+    /// `horizon` says what need not be kept when files are merged.
+    pub fn open(folder: &Path, horizon: &Arc<Horizon>) -> Result<Self, OpenError> {
         let io = |source| OpenError::Io { path: folder.to_owned(), source };
         fs::create_dir_all(folder).map_err(io)?;
-        check_format(folder)?;
+        let format = check_format(folder)?;
         let engine = folder.join(ENGINE_FOLDER);
         let broken = |error: fjall::Error| match error {
             fjall::Error::Locked => OpenError::Locked { path: folder.to_owned() },
@@ -59,6 +67,7 @@ impl Disk {
                 .cache_size(CACHE_BYTES)
                 .max_journaling_size(JOURNAL_BYTES)
                 .worker_threads(WORKER_THREADS)
+                .with_compaction_filter_factories(droppers(horizon))
                 .open()
         };
         // Some damage makes the engine panic instead. Unwind safe: of what panicked nothing is kept.
@@ -73,6 +82,9 @@ impl Disk {
             .map(|table| database.keyspace(table.name(), || options(table)))
             .collect::<Result<_, _>>()
             .map_err(broken)?;
+        if format < FORMAT {
+            note_format(folder).map_err(io)?;
+        }
         Ok(Self { database, keyspaces, folder: folder.to_owned() })
     }
 
@@ -94,15 +106,50 @@ fn options(table: Table) -> KeyspaceCreateOptions {
             options.max_memtable_size(PAYMENTS_BYTES).filter_policy(FilterPolicy::disabled())
         }
         // Only walked through.
-        Table::Index | Table::Lapse | Table::Due | Table::Dead => {
+        Table::Index | Table::Lapse | Table::Due | Table::Dead | Table::Kept => {
             options.filter_policy(FilterPolicy::disabled())
         }
         Table::State | Table::Counter | Table::Meta => options,
     }
 }
 
+/// By the keyspace's name, what drops entries of its when files are merged.
+fn droppers(horizon: &Arc<Horizon>) -> Arc<dyn Fn(&str) -> Option<Arc<dyn Factory>> + Send + Sync> {
+    let horizon = Arc::clone(horizon);
+    Arc::new(move |name| {
+        let table = DROPPED.into_iter().find(|table| table.name() == name)?;
+        Some(Arc::new(Dropper { table, horizon: Arc::clone(&horizon) }))
+    })
+}
+
+/// Leaves out what belongs to payments below the horizon.
+#[derive(Clone)]
+struct Dropper {
+    table: Table,
+    horizon: Arc<Horizon>,
+}
+
+impl Factory for Dropper {
+    fn name(&self) -> &'static str {
+        "horizon"
+    }
+
+    fn make_filter(&self, _: &Context) -> Box<dyn CompactionFilter> {
+        Box::new(self.clone())
+    }
+}
+
+impl CompactionFilter for Dropper {
+    fn filter_item(&mut self, item: ItemAccessor<'_>, _: &Context) -> CompactionFilterResult {
+        let owner = record::payment_of(self.table, item.key(), &item.value()?);
+        // No tombstone: what may come to light below it belongs to a payment that is as old, or older.
+        let is_gone = owner.is_some_and(|id| !self.horizon.has(id));
+        Ok(if is_gone { Verdict::Destroy } else { Verdict::Keep })
+    }
+}
+
 /// A folder is ours when it says so, and new when it is empty; anything else is left alone.
-fn check_format(folder: &Path) -> Result<(), OpenError> {
+fn check_format(folder: &Path) -> Result<u32, OpenError> {
     let path = folder.join(FORMAT_FILE);
     let corrupt = |why: String| OpenError::Corrupt { path: folder.to_owned(), why };
     match fs::read_to_string(&path) {
@@ -118,17 +165,21 @@ fn check_format(folder: &Path) -> Result<(), OpenError> {
                     known: FORMAT,
                 });
             }
-            Ok(())
+            Ok(found)
         }
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
             if folder.join(ENGINE_FOLDER).exists() {
                 return Err(corrupt(format!("{FORMAT_FILE} is missing beside the data")));
             }
-            replace(folder, FORMAT_FILE, &format!("{FORMAT}\n"))
-                .map_err(|source| OpenError::Io { path, source })
+            note_format(folder).map_err(|source| OpenError::Io { path, source })?;
+            Ok(FORMAT)
         }
         Err(source) => Err(OpenError::Io { path, source }),
     }
+}
+
+fn note_format(folder: &Path) -> io::Result<()> {
+    replace(folder, FORMAT_FILE, &format!("{FORMAT}\n"))
 }
 
 /// Replaces a small file so that after a crash it is the old one or the new one, never a part.
@@ -164,16 +215,36 @@ impl Tables for Disk {
     }
 
     fn write(&self, batch: Batch) -> Result<(), TablesError> {
-        let mut writes =
-            fjall::OwnedWriteBatch::with_capacity(self.database.clone(), batch.0.len())
-                .durability(Some(PersistMode::SyncData));
-        for (table, key, value) in batch.0 {
+        let mut writes = fjall::OwnedWriteBatch::with_capacity(self.database.clone(), batch.len())
+            .durability(Some(PersistMode::SyncData));
+        for (table, key, value) in batch.entries() {
             match value {
                 Some(value) => writes.insert(self.keyspace(table), key, value),
                 None => writes.remove(self.keyspace(table), key),
             }
         }
         writes.commit().map_err(failed)
+    }
+
+    fn ingest(&self, table: Table, rows: Rows<'_>) -> Result<(), TablesError> {
+        let mut ingestion = self.keyspace(table).start_ingestion().map_err(failed)?;
+        for (key, value) in rows {
+            ingestion.write(key, value).map_err(failed)?;
+        }
+        ingestion.finish().map_err(failed)
+    }
+
+    /// Payments and their states lie in the order of their ids: most files are below the horizon as a
+    /// whole. Keys and lists lie in no such order, and are merged again and again: see [`Dropper`].
+    fn reclaim(&self, horizon: &Horizon) -> Result<(), TablesError> {
+        for (above, below) in horizon.gaps() {
+            let (above, below) = (above.bytes().as_slice(), below.bytes().as_slice());
+            for table in [Table::Payment, Table::State] {
+                let range = (Bound::Excluded(above), Bound::Excluded(below));
+                self.keyspace(table).tree.drop_range::<&[u8], _>(range).map_err(failed)?;
+            }
+        }
+        Ok(())
     }
 
     fn free_space(&self) -> Option<u64> {

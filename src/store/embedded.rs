@@ -18,10 +18,12 @@ use super::{
     OpenError, Page, Remembered, Store, StoreError, Versioned, Work,
     book::{Book, Releases},
     draws::{Counters, Draw},
+    horizon::Horizon,
     janitor::Janitor,
     lists, record,
     shared::{Retention, Shared},
     tables::{Batch, Span, Table, Tables, TablesError},
+    tail::Tail,
     writer::{Answers, Job, Marks, Writer, meta},
 };
 use crate::{
@@ -63,15 +65,18 @@ pub struct Embedded {
 impl Embedded {
     pub(super) fn start(
         tables: Arc<dyn Tables>,
+        horizon: Arc<Horizon>,
         path: &Path,
         options: Options,
     ) -> Result<Arc<Self>, OpenError> {
         let Options { retention, clock, on_commit, on_dropped_early } = options;
         let now = Timestamp::from_ms(clock.now_ms());
-        let opened = recover(&*tables, now)
+        let opened = recover(&*tables, &horizon, now)
             .map_err(|why| OpenError::Corrupt { path: path.to_owned(), why })?;
         let shared = Arc::new(Shared {
             book: Arc::new(Book::new(opened.marks.due)),
+            tail: Tail::default(),
+            horizon,
             secret: opened.secret,
             retention,
             on_commit,
@@ -91,6 +96,7 @@ impl Embedded {
                 _ => "some of what is stored cannot be read".to_owned(),
             },
         };
+        shared.refill_tail(opened.marks.derived).map_err(corrupt)?;
         shared.rebuild(opened.marks.payment).map_err(corrupt)?;
         if let Some((from, to)) = shared.book.unread(now) {
             shared.load(from, to).map_err(corrupt)?;
@@ -122,6 +128,12 @@ impl Embedded {
         &self.shared
     }
 
+    /// Brings into their tables what is derived from the newest payments, as happens every few seconds.
+    #[cfg(test)]
+    pub(super) fn bring_in(&self) {
+        self.janitor.bring_in();
+    }
+
     /// One round of upkeep (retention, free space, high-water mark), as it runs every second.
     pub fn upkeep(&self) {
         self.janitor.round();
@@ -136,7 +148,7 @@ struct Opened {
 }
 
 /// Reads what the store says of itself, and refuses one that has lost what it acknowledged.
-fn recover(tables: &dyn Tables, now: Timestamp) -> Result<Opened, String> {
+fn recover(tables: &dyn Tables, horizon: &Horizon, now: Timestamp) -> Result<Opened, String> {
     let text = |error: TablesError| error.to_string();
     let read = |key: &[u8]| tables.get(Table::Meta, key).map_err(text);
     let number = |key: &[u8]| {
@@ -157,10 +169,18 @@ fn recover(tables: &dyn Tables, now: Timestamp) -> Result<Opened, String> {
         None if sequence == 0 => make_secret(tables)?,
         None => return Err("its secret is missing".to_owned()),
     };
-    let floor = read(meta::FLOOR)?.map(|key| record::id(&key).map_err(|e| e.to_string()));
+    let id = |key: &[u8]| {
+        read(key)?.map(|bytes| record::id(&bytes).map_err(|e| e.to_string())).transpose()
+    };
+    let kept = kept(tables)?;
+    horizon.moved(id(meta::HORIZON)?, &kept, &[]);
     let (payments, newest) = count(tables)?;
     let due = number(meta::DUE_FLOOR)?.map_or(now, |ms| Timestamp::from_ms(ms.cast_signed()));
-    let marks = Marks { payment: floor.transpose()?, due, newest };
+    let derived = match id(meta::DERIVED)? {
+        None => Some(derived_so_far(tables, newest)?),
+        known => known,
+    };
+    let marks = Marks { payment: id(meta::FLOOR)?, due, newest, derived };
     Ok(Opened { secret, sequence, payments, marks })
 }
 
@@ -168,9 +188,31 @@ fn make_secret(tables: &dyn Tables) -> Result<StoreSecret, String> {
     let mut bytes = [0; 32];
     getrandom::fill(&mut bytes).map_err(|error| format!("no randomness: {error}"))?;
     let mut batch = Batch::default();
-    batch.put(Table::Meta, *meta::SECRET, bytes);
+    batch.put(Table::Meta, meta::SECRET, bytes);
     tables.write(batch).map_err(|error| error.to_string())?;
     Ok(StoreSecret::new(bytes))
+}
+
+/// In the first format what is derived was in the commits, so that it is all there. Noted before anything
+/// else is written, because from then on it is not.
+fn derived_so_far(tables: &dyn Tables, newest: Option<PaymentId>) -> Result<PaymentId, String> {
+    let mark = newest.unwrap_or_default();
+    let mut batch = Batch::default();
+    batch.put(Table::Meta, meta::DERIVED, mark.bytes());
+    tables.write(batch).map_err(|error| error.to_string())?;
+    Ok(mark)
+}
+
+/// Payments below the horizon that stay.
+fn kept(tables: &dyn Tables) -> Result<Vec<PaymentId>, String> {
+    let mut kept = Vec::new();
+    let all = Span::forwards(Bound::Unbounded, Bound::Unbounded);
+    let scanned = tables.scan(Table::Kept, all, &mut |key, _| {
+        kept.push(record::id(key));
+        ControlFlow::Continue(())
+    });
+    scanned.map_err(|error| error.to_string())?;
+    kept.into_iter().collect::<Result<_, _>>().map_err(|error| error.to_string())
 }
 
 /// The number of payments as last noted, and those that are newer than that note.
@@ -199,7 +241,7 @@ fn count(tables: &dyn Tables) -> Result<(u64, Option<PaymentId>), String> {
 
 impl Embedded {
     /// Hands a job to the writer in one step, so that it runs to its end whatever the caller does.
-    fn send(&self, job: Job) -> Result<(), StoreError> {
+    pub(super) fn send(&self, job: Job) -> Result<(), StoreError> {
         self.jobs.try_send(job).map_err(|error| match error {
             mpsc::error::TrySendError::Full(_) => StoreError::Overloaded,
             mpsc::error::TrySendError::Closed(_) => StoreError::Unavailable,

@@ -19,7 +19,7 @@ pub fn before_commit(tables: &dyn Tables, batch: &mut Batch, answer: impl FnOnce
         Some(Fault::OutboxAfterCommit) => {
             let (half, mut rest) = halves(tables, batch);
             tables.write(half).expect("the faults are tried on disks that work");
-            rest.0.append(&mut batch.0);
+            copy(batch, &mut rest);
             *batch = rest;
             answer();
         }
@@ -33,27 +33,37 @@ pub fn before_commit(tables: &dyn Tables, batch: &mut Batch, answer: impl FnOnce
 /// The batch with payments that owe nothing; and what takes back the entries that this makes up, to
 /// be put before the batch itself.
 fn halves(tables: &dyn Tables, batch: &Batch) -> (Batch, Batch) {
-    let staged = |table, key: &Vec<u8>| {
-        let mut entries = batch.0.iter().rev();
-        entries.find(|(t, k, _)| *t == table && k == key).and_then(|(.., value)| value.clone())
+    let staged = |table, key: &[u8]| {
+        let mut entries = batch.entries().rev();
+        entries.find(|(t, k, _)| *t == table && *k == key).and_then(|(.., value)| value)
     };
     let (mut half, mut takes_back) = (Batch::default(), Batch::default());
-    for (table, key, value) in &batch.0 {
-        half.0.push((*table, key.clone(), value.clone()));
+    copy(batch, &mut half);
+    for (table, key, value) in batch.entries() {
         if value.is_none() || !matches!(table, Table::Payment | Table::State) {
             continue;
         }
         let stored = || tables.get(Table::Payment, key).expect("a disk that works");
-        let terms = staged(Table::Payment, key).or_else(stored).expect("state without a payment");
+        let terms = staged(Table::Payment, key).map(<[u8]>::to_vec).or_else(stored);
         let state = staged(Table::State, key);
         if state.is_none() {
-            takes_back.delete(Table::State, key.as_slice());
+            takes_back.delete(Table::State, key);
         }
-        let mut known = record::payment(&terms, state.as_deref()).expect("we have just written it");
+        let terms = terms.expect("state without a payment");
+        let mut known = record::payment(&terms, state).expect("we have just written it");
         known.payment.progress.notifications.clear();
         let revision = Revision(known.revision.0 | HALF);
-        let state = record::progress(revision, &known.payment.progress);
-        half.put(Table::State, key.as_slice(), state);
+        let progress = known.payment.progress;
+        half.put_with(Table::State, key, |bytes| record::progress(revision, &progress, bytes));
     }
     (half, takes_back)
+}
+
+fn copy(from: &Batch, to: &mut Batch) {
+    for (table, key, value) in from.entries() {
+        match value {
+            Some(value) => to.put(table, key, value),
+            None => to.delete(table, key),
+        }
+    }
 }

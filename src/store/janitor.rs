@@ -1,9 +1,10 @@
-//! Upkeep, once a second on a thread of its own: free space, the high-water mark, and retention.
+//! Upkeep, once a second on a thread of its own: free space, the high-water mark, what is derived, and
+//! retention.
 
 use std::{
     ops::{Bound, ControlFlow},
     sync::{
-        Arc, Mutex, PoisonError,
+        Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicU64, Ordering},
         mpsc as sync_mpsc,
     },
@@ -14,9 +15,11 @@ use std::{
 use tokio::sync::{mpsc, oneshot};
 
 use super::{
-    Health, StoreError, Versioned, record,
+    Health, StoreError,
+    judge::Judge,
+    record,
     shared::Shared,
-    tables::{Span, Table},
+    tables::{Span, Table, TablesError},
     writer::{AbortOnPanic, Job},
 };
 use crate::{
@@ -29,11 +32,16 @@ const ROUND_EVERY: Duration = Duration::from_secs(1);
 const RESERVE_BYTES: u64 = 256 << 20;
 /// Above this writes are accepted again: apart from the reserve, so that it does not flutter.
 const RELIEF_BYTES: u64 = 320 << 20;
-/// Payments dropped in one commit: a larger one would hold up creates.
+/// The tail is brought into its tables when it has so many payments, or has waited so long: the more at
+/// once the cheaper, and the longer the more is derived again after a crash.
+const TAIL_LEAVES_AT: usize = 100_000;
+const TAIL_LEAVES_AFTER: Duration = Duration::from_secs(5);
+/// Replies forgotten in one commit: more would hold up creates.
 const CHUNK: usize = 500;
-/// Payments looked at in one go, to bound memory. Their chunks wait for the writer together: under load it
-/// takes long to answer each.
-const LOOK_AHEAD: usize = 8_000;
+/// Payments kept below the horizon that are looked at again in one go.
+const LOOK_AGAIN: usize = 1_000;
+/// Space is given back by whole files, which take some time to fill.
+const RECLAIM_EVERY: Duration = Duration::from_secs(10);
 /// Of one round; where there is more to drop, the next follows at once.
 const DROPPING_MAX: Duration = Duration::from_millis(500);
 /// The cap may be passed by this part of it; where dropping falls further behind, creates are refused.
@@ -46,8 +54,11 @@ struct Work {
     on_dropped_early: Arc<dyn Fn(u64) + Send + Sync>,
     noted: AtomicU64,
     marked: AtomicU64,
-    /// Where the oldest surviving payment may be: below it there is nothing but tombstones.
-    oldest: Mutex<Option<PaymentId>>,
+    brought_in: Mutex<Stopwatch>,
+    /// Which of the payments that were kept was looked at last: each has its turn.
+    looked_again: Mutex<Option<PaymentId>>,
+    /// When space was last given back, and what the horizon's mark was.
+    reclaimed: Mutex<(Stopwatch, PaymentId)>,
     /// Replies that lapsed before this are gone: below it there is nothing but tombstones.
     lapsed_to: Mutex<Timestamp>,
 }
@@ -73,7 +84,9 @@ impl Janitor {
             on_dropped_early,
             noted: AtomicU64::new(sequence),
             marked: AtomicU64::new(sequence),
-            oldest: Mutex::new(None),
+            brought_in: Mutex::new(Stopwatch::start()),
+            looked_again: Mutex::default(),
+            reclaimed: Mutex::new((Stopwatch::start(), PaymentId::default())),
             lapsed_to: Mutex::default(),
         });
         work.watch_space();
@@ -96,10 +109,15 @@ impl Janitor {
         self.work.round();
     }
 
+    #[cfg(test)]
+    pub fn bring_in(&self) {
+        self.work.bring_in().expect("tables that take rows");
+    }
+
     pub fn stop(&self) {
         // The thread may have ended already.
         let _ = self.stop.send(());
-        let thread = self.thread.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let thread = locked(&self.thread).take();
         if let Some(thread) = thread {
             let _ = thread.join();
         }
@@ -114,6 +132,11 @@ impl Work {
         self.note_high_water();
         if self.shared.health() != Health::Good {
             return true;
+        }
+        if self.is_time_to_bring_in()
+            && let Err(error) = self.bring_in()
+        {
+            tracing::warn!(%error, "keys and lists could not be brought into their tables");
         }
         let is_done = self.retain().unwrap_or_else(|error| {
             tracing::warn!(%error, "old payments could not be dropped");
@@ -155,24 +178,36 @@ impl Work {
         }
     }
 
+    fn is_time_to_bring_in(&self) -> bool {
+        let tail = &self.shared.tail;
+        let waited = locked(&self.brought_in).elapsed() >= TAIL_LEAVES_AFTER;
+        let is_half_way = tail.payments() > tail.waiting();
+        is_half_way || tail.waiting() >= TAIL_LEAVES_AT || waited && tail.waiting() > 0
+    }
+
+    fn bring_in(&self) -> Result<(), TablesError> {
+        let layer = self.shared.tail.leave();
+        let keys = layer.key_rows();
+        let mut rows = keys.iter().map(|(key, value)| (&key[..], &value[..]));
+        self.shared.tables.ingest(Table::Key, &mut rows)?;
+        let places = layer.index_rows();
+        let mut rows = places.iter().map(|key| (&key[..], &[][..]));
+        self.shared.tables.ingest(Table::Index, &mut rows)?;
+        // All of it is on the disk: only now may the mark move past these payments.
+        self.shared.tail.has_left();
+        *locked(&self.brought_in) = Stopwatch::start();
+        Ok(())
+    }
+
     /// False: it stopped before its end.
     fn retain(&self) -> Result<bool, StoreError> {
         let now = Timestamp::from_ms(self.clock.now_ms());
         self.lapse(now)?;
         let took = Stopwatch::start();
-        let mut at = *self.oldest.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut survivor = None;
         let mut is_done = false;
         while !is_done && took.elapsed() < DROPPING_MAX {
-            let surplus = self.surplus();
-            let look = self.look(at, now, surplus)?;
-            let stayed = [self.drop_all(look.old, false)?, self.drop_all(look.surplus, true)?];
-            let stayed = stayed.into_iter().flatten().chain(look.survivor).min();
-            survivor = survivor.or(stayed);
-            at = look.reached;
-            is_done = look.ended;
+            is_done = self.pass(now)?;
         }
-        *self.oldest.lock().unwrap_or_else(PoisonError::into_inner) = survivor.or(at);
         let slack = self.shared.retention.payments_max.unwrap_or(u64::MAX) / CAP_SLACK;
         let is_behind = !is_done && self.surplus() > slack;
         if self.shared.dropping_behind.swap(is_behind, Ordering::Relaxed) != is_behind {
@@ -181,7 +216,21 @@ impl Work {
                 "dropping payments over the cap; creates are refused while behind"
             );
         }
+        self.reclaim()?;
         Ok(is_done)
+    }
+
+    fn reclaim(&self) -> Result<(), StoreError> {
+        let mut reclaimed = locked(&self.reclaimed);
+        let mark = self.shared.horizon.mark();
+        if reclaimed.1 == mark || reclaimed.0.elapsed() < RECLAIM_EVERY {
+            return Ok(());
+        }
+        *reclaimed = (Stopwatch::start(), mark);
+        self.shared.tables.reclaim(&self.shared.horizon).map_err(|error| {
+            tracing::warn!(%error, "the space of old payments could not be given back");
+            StoreError::Unavailable
+        })
     }
 
     /// How many payments there are too many.
@@ -190,91 +239,32 @@ impl Work {
         self.shared.retention.payments_max.map_or(0, |max| payments.saturating_sub(max))
     }
 
-    /// Looks at the oldest payments from `from` on, until they are too young to go.
-    fn look(
-        &self,
-        from: Option<PaymentId>,
-        now: Timestamp,
-        mut surplus: u64,
-    ) -> Result<Look, StoreError> {
-        let keep = self.shared.retention.keep();
-        let expired = |at: Timestamp| now.since(at) >= keep;
-        let mut ids = Vec::new();
-        let start = from.map_or(Bound::Unbounded, |id| Bound::Included(id.bytes().to_vec()));
-        let span = Span::forwards(start, Bound::Unbounded);
-        let mut look = Look { ended: true, reached: from, ..Look::default() };
-        let mut enough = false;
-        self.shared.scan(Table::Payment, span, &mut |key, terms| {
-            let Ok(id) = record::id(key) else { return ControlFlow::Continue(()) };
-            look.reached = Some(id);
-            if !expired(id.made_at()) && ids.len() as u64 >= surplus {
-                enough = true;
-                return ControlFlow::Break(());
-            }
-            if ids.len() == LOOK_AHEAD {
-                look.ended = false;
-                return ControlFlow::Break(());
-            }
-            ids.push((id, terms.to_vec()));
-            ControlFlow::Continue(())
-        })?;
-        for (id, terms) in ids {
-            let state = self.shared.read(Table::State, id.bytes())?;
-            let stored = match record::payment(&terms, state.as_deref()) {
-                Ok(stored) => stored,
-                Err(StoreError::Corrupt(why)) => {
-                    // It stays, and what is behind it goes all the same.
-                    tracing::debug!(payment = id.intent(), why, "a payment cannot be read");
-                    look.survivor = look.survivor.or(Some(id));
-                    continue;
-                }
-                Err(error) => return Err(error),
-            };
-            if stored.payment.is_settled() && expired(stored.payment.progress.updated_at) {
-                look.old.push(stored);
-                surplus = surplus.saturating_sub(1);
-            } else if stored.payment.is_settled() && surplus > 0 {
-                look.surplus.push(stored);
-                surplus -= 1;
-            } else {
-                look.survivor = look.survivor.or(Some(id));
-            }
+    /// Moves the horizon a stretch; true: nothing more can go for now.
+    fn pass(&self, now: Timestamp) -> Result<bool, StoreError> {
+        let mut judge = Judge::new(&self.shared, now, self.surplus());
+        let again = self.shared.horizon.kept_beyond(*locked(&self.looked_again), LOOK_AGAIN);
+        *locked(&self.looked_again) = again.last().copied();
+        if again.is_empty() && !judge.has_work()? {
+            return Ok(true);
         }
-        // Some of those that were enough may have to stay: then younger ones go.
-        look.ended &= !enough || surplus == 0;
-        Ok(look)
-    }
-
-    /// Where some had changed since they were looked at, and so stayed, they are looked at again from
-    /// the payment that this gives back.
-    fn drop_all(
-        &self,
-        payments: Vec<Versioned>,
-        early: bool,
-    ) -> Result<Option<PaymentId>, StoreError> {
-        let mut stayed = None;
-        let mut sent = Vec::new();
-        let mut rest = payments.into_iter().peekable();
-        while let Some(first) = rest.peek().map(|stored| stored.payment.terms.id) {
-            let payments: Vec<_> = rest.by_ref().take(CHUNK).collect();
-            let count = payments.len();
-            sent.push((first, count, self.send(|answer| Job::Drop { payments, answer })?));
+        // Whatever changes while it is judged stays.
+        self.run(|answer| Job::Watch { answer })?;
+        for id in again {
+            judge.look_again(id)?;
         }
-        for (first, sent, dropped) in sent {
-            let dropped = dropped.blocking_recv().map_err(|_| StoreError::Unavailable)?;
-            if dropped < sent {
-                stayed = stayed.or(Some(first));
-            }
-            if early {
-                (self.on_dropped_early)(dropped as u64);
-            }
+        judge.look_ahead()?;
+        let Judge { passed, early, is_done, .. } = judge;
+        let due = u64::try_from(passed.gone.len()).unwrap_or(u64::MAX);
+        let went = self.run(|answer| Job::Pass { passed, answer })? as u64;
+        if early > 0 {
+            (self.on_dropped_early)(early.saturating_sub(due - went));
         }
-        Ok(stayed)
+        Ok(is_done)
     }
 
     fn lapse(&self, now: Timestamp) -> Result<(), StoreError> {
-        let key = |at| record::timed_key(at, &[0; 16]);
-        let from = *self.lapsed_to.lock().unwrap_or_else(PoisonError::into_inner);
+        let key = |at| record::timed_key(at, &[0; 16]).to_vec();
+        let from = *locked(&self.lapsed_to);
         loop {
             let mut keys = Vec::new();
             let span = Span::forwards(Bound::Included(key(from)), Bound::Excluded(key(now)));
@@ -287,34 +277,18 @@ impl Work {
             }
             self.run(|answer| Job::Lapse { keys, answer })?;
         }
-        *self.lapsed_to.lock().unwrap_or_else(PoisonError::into_inner) = now;
+        *locked(&self.lapsed_to) = now;
         Ok(())
     }
 
     fn run(&self, job: impl FnOnce(oneshot::Sender<usize>) -> Job) -> Result<usize, StoreError> {
-        // Not a runtime's thread; the janitor may wait.
-        self.send(job)?.blocking_recv().map_err(|_| StoreError::Unavailable)
-    }
-
-    fn send(
-        &self,
-        job: impl FnOnce(oneshot::Sender<usize>) -> Job,
-    ) -> Result<oneshot::Receiver<usize>, StoreError> {
         let (answer, answered) = oneshot::channel();
+        // Not a runtime's thread; the janitor may wait.
         self.jobs.blocking_send(job(answer)).map_err(|_| StoreError::Unavailable)?;
-        Ok(answered)
+        answered.blocking_recv().map_err(|_| StoreError::Unavailable)
     }
 }
 
-#[derive(Default)]
-struct Look {
-    /// Past their retention.
-    old: Vec<Versioned>,
-    /// Over the cap.
-    surplus: Vec<Versioned>,
-    /// The oldest that stays.
-    survivor: Option<PaymentId>,
-    reached: Option<PaymentId>,
-    /// Nothing further on can go.
-    ended: bool,
+fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

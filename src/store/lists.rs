@@ -3,7 +3,7 @@
 //! the order of their payments; payments with dead ones have a table.
 
 use std::{
-    ops::{Bound, ControlFlow},
+    ops::{Bound, ControlFlow, RangeBounds},
     sync::Arc,
 };
 
@@ -167,16 +167,39 @@ fn next_ids(
         Some(name) => {
             let key = |bound: Bound<PaymentId>, end: u8| match bound {
                 Bound::Unbounded => Bound::Included([name.as_slice(), &[end; 16]].concat()),
-                bound => bound.map(|id| record::index_key(name, id)),
+                bound => bound.map(|id| record::index_key(name, id).to_vec()),
             };
             let span = Span { from: key(newest, 0), to: key(oldest, 0xff), backwards: !older };
-            ids_in(shared, Table::Index, span, record::read_index_id)
+            let mut fresh = shared.tail.ids(name);
+            let range = (oldest, newest);
+            fresh.retain(|id| range.contains(id) && shared.horizon.has(*id));
+            let (mut ids, ended) = ids_in(shared, Table::Index, span, record::read_index_id)?;
+            ids.append(&mut fresh);
+            ids.sort_unstable();
+            if older {
+                ids.reverse();
+            }
+            // What was just brought in was seen in both places.
+            ids.dedup();
+            let ended = ended && ids.len() < CHUNK;
+            ids.truncate(CHUNK);
+            Ok((ids, ended))
         }
         None => {
+            let oldest = above_horizon(shared, oldest);
             let key = |bound: Bound<PaymentId>| bound.map(|id| id.bytes().to_vec());
             let span = Span { from: key(oldest), to: key(newest), backwards: older };
             ids_in(shared, Table::Payment, span, record::id)
         }
+    }
+}
+
+/// Below it there may be much that is gone and still to be dropped.
+fn above_horizon(shared: &Shared, oldest: Bound<PaymentId>) -> Bound<PaymentId> {
+    let floor = shared.horizon.floor();
+    match oldest {
+        Bound::Included(id) | Bound::Excluded(id) if id >= floor => oldest,
+        Bound::Included(_) | Bound::Excluded(_) | Bound::Unbounded => Bound::Included(floor),
     }
 }
 
@@ -191,6 +214,7 @@ fn ids_in(
     let mut problem = None;
     shared.scan(table, span, &mut |key, _| {
         match read(key) {
+            Ok(id) if !shared.horizon.has(id) => {}
             Ok(id) => ids.push(id),
             Err(error) => problem = Some(error),
         }
@@ -284,6 +308,7 @@ fn next_owing(
         DeliveryFilter { .. } => Table::Payment,
     };
     let key = |bound: Bound<PaymentId>| bound.map(|id| id.bytes().to_vec());
+    let one = above_horizon(shared, one);
     let span = Span { from: key(one), to: key(newest), backwards: true };
     ids_in(shared, table, span, record::id)
 }

@@ -6,12 +6,42 @@ use std::{
     sync::{PoisonError, RwLock},
 };
 
-use super::tables::{Batch, Span, Table, Tables, TablesError, Visit};
+use super::{
+    horizon::Horizon,
+    record,
+    tables::{Batch, DROPPED, Rows, Span, Table, Tables, TablesError, Visit},
+};
 
-type Rows = BTreeMap<Vec<u8>, Vec<u8>>;
+/// Rows that are worked on without letting others in between.
+const AT_A_TIME: usize = 1_000;
+
+type Sorted = BTreeMap<Vec<u8>, Vec<u8>>;
 
 #[derive(Default)]
-pub struct Memory(RwLock<[Rows; Table::ALL.len()]>);
+pub struct Memory(RwLock<[Sorted; Table::ALL.len()]>);
+
+impl Memory {
+    /// Looks at the next rows; the last one it has looked at.
+    fn reclaim_some(
+        &self,
+        table: Table,
+        from: Bound<Vec<u8>>,
+        horizon: &Horizon,
+    ) -> Option<Vec<u8>> {
+        let mut all = self.0.write().unwrap_or_else(PoisonError::into_inner);
+        let rows = &mut all[table as usize];
+        let looked = || rows.range((from.clone(), Bound::Unbounded)).take(AT_A_TIME);
+        let is_gone = |(key, value): &(&Vec<u8>, &Vec<u8>)| {
+            record::payment_of(table, key, value).is_some_and(|id| !horizon.has(id))
+        };
+        let last = looked().last()?.0.clone();
+        let gone: Vec<_> = looked().filter(is_gone).map(|(key, _)| key.clone()).collect();
+        for key in gone {
+            rows.remove(&key);
+        }
+        Some(last)
+    }
+}
 
 impl Tables for Memory {
     fn get(&self, table: Table, key: &[u8]) -> Result<Option<Vec<u8>>, TablesError> {
@@ -35,11 +65,31 @@ impl Tables for Memory {
 
     fn write(&self, batch: Batch) -> Result<(), TablesError> {
         let mut all = self.0.write().unwrap_or_else(PoisonError::into_inner);
-        for (table, key, value) in batch.0 {
+        for (table, key, value) in batch.entries() {
             let rows = &mut all[table as usize];
             match value {
-                Some(value) => drop(rows.insert(key, value)),
-                None => drop(rows.remove(&key)),
+                Some(value) => drop(rows.insert(key.to_vec(), value.to_vec())),
+                None => drop(rows.remove(key)),
+            }
+        }
+        Ok(())
+    }
+
+    fn ingest(&self, table: Table, rows: Rows<'_>) -> Result<(), TablesError> {
+        let mut rows = rows.peekable();
+        while rows.peek().is_some() {
+            let mut all = self.0.write().unwrap_or_else(PoisonError::into_inner);
+            let some = rows.by_ref().take(AT_A_TIME);
+            all[table as usize].extend(some.map(|(key, value)| (key.to_vec(), value.to_vec())));
+        }
+        Ok(())
+    }
+
+    fn reclaim(&self, horizon: &Horizon) -> Result<(), TablesError> {
+        for table in DROPPED {
+            let mut from = Bound::Unbounded;
+            while let Some(last) = self.reclaim_some(table, from, horizon) {
+                from = Bound::Excluded(last);
             }
         }
         Ok(())

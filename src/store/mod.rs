@@ -7,12 +7,15 @@ mod draws;
 mod embedded;
 #[cfg(feature = "faults")]
 mod faults;
+mod horizon;
 mod janitor;
+mod judge;
 mod lists;
 mod memory;
 mod record;
 mod shared;
 mod tables;
+mod tail;
 mod writer;
 
 #[cfg(test)]
@@ -252,9 +255,10 @@ pub enum Location {
 }
 
 pub fn open(location: &Location, options: Options) -> Result<Arc<Embedded>, OpenError> {
+    let horizon = Arc::new(horizon::Horizon::default());
     let (tables, path): (Arc<dyn tables::Tables>, _) = match location {
-        Location::Folder(path) => (Arc::new(disk::Disk::open(path)?), path.as_path()),
+        Location::Folder(path) => (Arc::new(disk::Disk::open(path, &horizon)?), path.as_path()),
         Location::Memory => (Arc::new(memory::Memory::default()), Path::new("memory:")),
     };
-    Embedded::start(tables, path, options)
+    Embedded::start(tables, horizon, path, options)
 }

@@ -2,9 +2,13 @@
 
 use std::{ops::Bound, sync::Arc};
 
+use postcard::ser_flavors::Flavor;
 use serde::{Serialize, de::DeserializeOwned};
 
-use super::{Revision, StoreError, Versioned, tables::Span};
+use super::{
+    Revision, StoreError, Versioned,
+    tables::{Span, Table},
+};
 use crate::domain::{
     ids::{PaymentId, RequestHash},
     payment::{Payment, Progress, Terms},
@@ -13,13 +17,31 @@ use crate::domain::{
 
 const VERSION: u8 = 1;
 
-/// Room for nearly every record, so that none grows step by step.
-const USUAL_BYTES: usize = 512;
+/// Appends to bytes that are there already.
+struct Append<'a>(&'a mut Vec<u8>);
 
-fn encode<T: Serialize>(record: &T) -> Vec<u8> {
-    let mut bytes = Vec::with_capacity(USUAL_BYTES);
+impl Flavor for Append<'_> {
+    type Output = ();
+
+    fn try_push(&mut self, byte: u8) -> postcard::Result<()> {
+        self.0.push(byte);
+        Ok(())
+    }
+
+    fn try_extend(&mut self, bytes: &[u8]) -> postcard::Result<()> {
+        self.0.extend_from_slice(bytes);
+        Ok(())
+    }
+
+    fn finalize(self) -> postcard::Result<()> {
+        Ok(())
+    }
+}
+
+fn encode<T: Serialize>(record: &T, bytes: &mut Vec<u8>) {
     bytes.push(VERSION);
-    postcard::to_extend(record, bytes).expect("our records are of known length")
+    postcard::serialize_with_flavor(record, Append(bytes))
+        .expect("our records are of known length");
 }
 
 fn decode<T: DeserializeOwned>(bytes: &[u8], what: &str) -> Result<T, StoreError> {
@@ -33,12 +55,12 @@ fn decode<T: DeserializeOwned>(bytes: &[u8], what: &str) -> Result<T, StoreError
     }
 }
 
-pub fn terms(terms: &Terms) -> Vec<u8> {
-    encode(terms)
+pub fn terms(terms: &Terms, bytes: &mut Vec<u8>) {
+    encode(terms, bytes);
 }
 
-pub fn progress(revision: Revision, progress: &Progress) -> Vec<u8> {
-    encode(&(revision.0, progress))
+pub fn progress(revision: Revision, progress: &Progress, bytes: &mut Vec<u8>) {
+    encode(&(revision.0, progress), bytes);
 }
 
 /// The revision of a `State` entry; the rest is not looked at.
@@ -60,8 +82,12 @@ pub fn payment(terms: &[u8], state: Option<&[u8]>) -> Result<Versioned, StoreErr
 }
 
 /// Request hash, then payment id: fixed width, read on every keyed create.
-pub fn created(request: RequestHash, id: PaymentId) -> Vec<u8> {
-    [request.0, *id.bytes()].concat()
+pub fn created(request: RequestHash, id: PaymentId) -> [u8; 32] {
+    let mut record = [0; 32];
+    let (head, tail) = record.split_at_mut(16);
+    head.copy_from_slice(&request.0);
+    tail.copy_from_slice(id.bytes());
+    record
 }
 
 pub fn read_created(bytes: &[u8]) -> Result<(RequestHash, PaymentId), StoreError> {
@@ -72,8 +98,8 @@ pub fn read_created(bytes: &[u8]) -> Result<(RequestHash, PaymentId), StoreError
     Ok((RequestHash(half(request)), PaymentId::from_bytes(half(id))))
 }
 
-pub fn reply(request: RequestHash, at: Timestamp, bytes: &[u8]) -> Vec<u8> {
-    encode(&(request, at, bytes))
+pub fn reply(request: RequestHash, at: Timestamp, reply: &[u8], bytes: &mut Vec<u8>) {
+    encode(&(request, at, reply), bytes);
 }
 
 pub fn read_reply(record: &[u8]) -> Result<(RequestHash, Timestamp, Vec<u8>), StoreError> {
@@ -81,9 +107,10 @@ pub fn read_reply(record: &[u8]) -> Result<(RequestHash, Timestamp, Vec<u8>), St
 }
 
 /// Key in `Index`: newest first, so the id is inverted.
-pub fn index_key(name: [u8; 8], id: PaymentId) -> Vec<u8> {
-    let mut key = name.to_vec();
-    key.extend(id.bytes().iter().map(|byte| !byte));
+pub fn index_key(name: [u8; 8], id: PaymentId) -> [u8; 24] {
+    let mut key = [0; 24];
+    key[..8].copy_from_slice(&name);
+    key[8..].copy_from_slice(&id.bytes().map(|byte| !byte));
     key
 }
 
@@ -101,10 +128,27 @@ pub fn read_index_id(key: &[u8]) -> Result<PaymentId, StoreError> {
     Ok(PaymentId::from_bytes(inverted.map(|byte| !byte)))
 }
 
+/// The payment that a row belongs to, where it belongs to one for as long as that lives.
+pub fn payment_of(table: Table, key: &[u8], value: &[u8]) -> Option<PaymentId> {
+    match table {
+        Table::Payment | Table::State => id(key).ok(),
+        Table::Index => read_index_id(key).ok(),
+        Table::Key => read_created(value).ok().map(|(_, id)| id),
+        Table::Reply
+        | Table::Lapse
+        | Table::Due
+        | Table::Dead
+        | Table::Counter
+        | Table::Meta
+        | Table::Kept => None,
+    }
+}
+
 /// Key in `Due` and `Lapse`: a moment, then whatever lapses or wakes then.
-pub fn timed_key(at: Timestamp, rest: &[u8; 16]) -> Vec<u8> {
-    let mut key = at.ms().max(0).to_be_bytes().to_vec();
-    key.extend(rest);
+pub fn timed_key(at: Timestamp, rest: &[u8; 16]) -> [u8; 24] {
+    let mut key = [0; 24];
+    key[..8].copy_from_slice(&at.ms().max(0).to_be_bytes());
+    key[8..].copy_from_slice(rest);
     key
 }
 

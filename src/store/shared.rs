@@ -14,8 +14,10 @@ use tokio::sync::watch;
 use super::{
     Health, OnCommit, Remembered, StoreError, Versioned,
     book::{Book, Dues},
+    horizon::Horizon,
     record,
     tables::{Span, Table, Tables, TablesError, Visit},
+    tail::{Derived, Names, Tail},
 };
 use crate::domain::{
     ids::{KeyHash, PaymentId, StoreSecret},
@@ -43,6 +45,8 @@ impl Retention {
 pub struct Shared {
     pub tables: Arc<dyn Tables>,
     pub book: Arc<Book>,
+    pub tail: Tail,
+    pub horizon: Arc<Horizon>,
     pub secret: StoreSecret,
     pub retention: Retention,
     pub on_commit: OnCommit,
@@ -88,9 +92,12 @@ impl Shared {
     }
 
     pub fn get(&self, id: PaymentId) -> Result<Option<Versioned>, StoreError> {
-        // State first: where the payment is dropped in between, there is nothing, not half of it.
+        // State first: where the payment goes in between, there is nothing, not half of it.
         let state = self.read(Table::State, id.bytes())?;
         let Some(terms) = self.read(Table::Payment, id.bytes())? else { return Ok(None) };
+        if !self.horizon.has(id) {
+            return Ok(None);
+        }
         record::payment(&terms, state.as_deref()).map(Some)
     }
 
@@ -107,9 +114,13 @@ impl Shared {
 
     /// What is known under the key of a create.
     pub fn created(&self, key: KeyHash, now: Timestamp) -> Result<Option<Remembered>, StoreError> {
-        let Some(bytes) = self.read(Table::Key, &key.0)? else { return Ok(None) };
-        let (request, id) = record::read_created(&bytes)?;
-        Ok(self.lives(id.made_at(), now).then_some(Remembered::Created { request, id }))
+        let known = match self.tail.key(key) {
+            None => self.read(Table::Key, &key.0)?.map(|bytes| record::read_created(&bytes)),
+            known => known.map(Ok),
+        };
+        let Some((request, id)) = known.transpose()? else { return Ok(None) };
+        let holds = self.lives(id.made_at(), now) && self.horizon.has(id);
+        Ok(holds.then_some(Remembered::Created { request, id }))
     }
 
     /// What is known under the key of any other call.
@@ -123,20 +134,19 @@ impl Shared {
         now.since(since) < self.retention.idempotency
     }
 
-    /// The payment that a create's key now belongs to.
-    pub fn owner_of(&self, key: KeyHash) -> Option<PaymentId> {
-        let bytes = self.read(Table::Key, &key.0).ok().flatten()?;
-        record::read_created(&bytes).ok().map(|(_, id)| id)
-    }
-
     /// When the reply under a key was stored.
     pub fn replied_at(&self, key: KeyHash) -> Option<Timestamp> {
         let bytes = self.read(Table::Reply, &key.0).ok().flatten()?;
         record::read_reply(&bytes).ok().map(|(_, at, _)| at)
     }
 
-    /// The names under which a payment is listed, hashed.
-    pub fn index_names(&self, terms: &Terms) -> [[u8; 8]; 2] {
+    /// What a payment has in the derived tables.
+    pub fn derived(&self, terms: &Terms) -> Derived {
+        let (id, idempotency) = (terms.id, terms.idempotency);
+        Derived { id, idempotency, names: self.index_names(terms) }
+    }
+
+    fn index_names(&self, terms: &Terms) -> Names {
         [self.user_name(&terms.user_id), self.reservation_name(&terms.reservation_id)]
     }
 
@@ -158,12 +168,29 @@ impl Shared {
         tag[..8].try_into().expect("8 of 16 bytes")
     }
 
+    /// Derives again what was not in the tables yet.
+    pub fn refill_tail(&self, from: Option<PaymentId>) -> Result<(), StoreError> {
+        let from = from.map_or(Bound::Unbounded, |id| Bound::Included(id.bytes().to_vec()));
+        let mut problem = None;
+        self.scan(Table::Payment, Span::forwards(from, Bound::Unbounded), &mut |_, terms| {
+            match record::payment(terms, None) {
+                Ok(Versioned { payment, .. }) => self.tail.add([self.derived(&payment.terms)]),
+                Err(error) => problem = Some(error),
+            }
+            if problem.is_some() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+        })?;
+        problem.map_or(Ok(()), Err)
+    }
+
     /// Fills the book from a scan of the payments that may be open.
     pub fn rebuild(&self, floor: Option<PaymentId>) -> Result<(), StoreError> {
         let from = floor.map_or(Bound::Unbounded, |id| Bound::Included(id.bytes().to_vec()));
         let mut problem = None;
         let span = Span::forwards(from, Bound::Unbounded);
         self.scan(Table::Payment, span, &mut |key, terms| {
+            if !record::id(key).is_ok_and(|id| self.horizon.has(id)) {
+                return ControlFlow::Continue(());
+            }
             let state = self.read(Table::State, key);
             match state.and_then(|state| record::payment(terms, state.as_deref())) {
                 Ok(Versioned { payment, .. }) => {
@@ -184,7 +211,7 @@ impl Shared {
 
     /// Brings payments whose entry in `Due` lies in the range into the book.
     pub fn load(&self, from: Timestamp, to: Timestamp) -> Result<(), StoreError> {
-        let key = |at| record::timed_key(at, &[0; 16]);
+        let key = |at| record::timed_key(at, &[0; 16]).to_vec();
         let span = Span::forwards(Bound::Included(key(from)), Bound::Excluded(key(to.plus_ms(1))));
         let mut entries = Vec::new();
         self.scan(Table::Due, span, &mut |key, _| {

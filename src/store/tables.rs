@@ -2,6 +2,8 @@
 
 use std::ops::{Bound, ControlFlow};
 
+use super::horizon::Horizon;
+
 /// Each table is sorted by its keys' bytes; multi-byte numbers in keys are big-endian.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Table {
@@ -9,9 +11,9 @@ pub enum Table {
     Payment,
     /// Payment id → what changed since.
     State,
-    /// Idempotency key of a create → request hash, payment id.
+    /// Idempotency key of a create → request hash, payment id. Derived from `Payment`.
     Key,
-    /// Hash of user or reservation, inverted payment id → nothing: newest first.
+    /// Hash of user or reservation, inverted payment id → nothing: newest first. Derived from `Payment`.
     Index,
     /// Idempotency key of any other call → its reply.
     Reply,
@@ -25,10 +27,12 @@ pub enum Table {
     Counter,
     /// Secret, sequence, marks.
     Meta,
+    /// Payment id → nothing, for payments below the horizon that stay.
+    Kept,
 }
 
 impl Table {
-    pub const ALL: [Self; 10] = [
+    pub const ALL: [Self; 11] = [
         Self::Payment,
         Self::State,
         Self::Key,
@@ -39,6 +43,7 @@ impl Table {
         Self::Dead,
         Self::Counter,
         Self::Meta,
+        Self::Kept,
     ];
 
     pub const fn name(self) -> &'static str {
@@ -53,33 +58,81 @@ impl Table {
             Self::Dead => "dead",
             Self::Counter => "counter",
             Self::Meta => "meta",
+            Self::Kept => "kept",
         }
     }
 }
+
+/// Tables of which an engine drops what belongs to payments below the horizon.
+pub const DROPPED: [Table; 4] = [Table::Payment, Table::State, Table::Key, Table::Index];
 
 /// Why an engine could not do as asked. The text is for logs, never for callers.
 #[derive(Debug, thiserror::Error)]
 #[error("{0}")]
 pub struct TablesError(pub String);
 
+/// What is written as one. All keys and values lie in one buffer, each behind the one before: a batch has
+/// thousands of them.
 #[derive(Debug, Default)]
-pub struct Batch(pub Vec<(Table, Vec<u8>, Option<Vec<u8>>)>);
+pub struct Batch {
+    bytes: Vec<u8>,
+    entries: Vec<Entry>,
+}
+
+#[derive(Debug)]
+struct Entry {
+    table: Table,
+    key_end: usize,
+    value_end: usize,
+    is_delete: bool,
+}
 
 impl Batch {
-    pub fn with_capacity(entries: usize) -> Self {
-        Self(Vec::with_capacity(entries))
+    pub fn with_capacity(entries: usize, bytes: usize) -> Self {
+        Self { bytes: Vec::with_capacity(bytes), entries: Vec::with_capacity(entries) }
     }
 
-    pub fn put(&mut self, table: Table, key: impl Into<Vec<u8>>, value: impl Into<Vec<u8>>) {
-        self.0.push((table, key.into(), Some(value.into())));
+    pub fn put(&mut self, table: Table, key: impl AsRef<[u8]>, value: impl AsRef<[u8]>) {
+        self.put_with(table, key, |bytes| bytes.extend_from_slice(value.as_ref()));
     }
 
-    pub fn delete(&mut self, table: Table, key: impl Into<Vec<u8>>) {
-        self.0.push((table, key.into(), None));
+    /// Where `value` appends the value's bytes.
+    pub fn put_with(
+        &mut self,
+        table: Table,
+        key: impl AsRef<[u8]>,
+        value: impl FnOnce(&mut Vec<u8>),
+    ) {
+        self.bytes.extend_from_slice(key.as_ref());
+        let key_end = self.bytes.len();
+        value(&mut self.bytes);
+        let value_end = self.bytes.len();
+        self.entries.push(Entry { table, key_end, value_end, is_delete: false });
+    }
+
+    pub fn delete(&mut self, table: Table, key: impl AsRef<[u8]>) {
+        self.bytes.extend_from_slice(key.as_ref());
+        let end = self.bytes.len();
+        self.entries.push(Entry { table, key_end: end, value_end: end, is_delete: true });
     }
 
     pub fn is_empty(&self) -> bool {
-        self.0.is_empty()
+        self.entries.is_empty()
+    }
+
+    pub fn len(&self) -> usize {
+        self.entries.len()
+    }
+
+    /// Table, key, and the value that is put there; `None`: whatever is there is deleted. Of two that
+    /// name the same key the later holds.
+    pub fn entries(&self) -> impl DoubleEndedIterator<Item = (Table, &[u8], Option<&[u8]>)> {
+        (0..self.entries.len()).map(|i| {
+            let Entry { table, key_end, value_end, is_delete } = self.entries[i];
+            let begin = i.checked_sub(1).map_or(0, |before| self.entries[before].value_end);
+            let value = (!is_delete).then(|| &self.bytes[key_end..value_end]);
+            (table, &self.bytes[begin..key_end], value)
+        })
     }
 }
 
@@ -100,6 +153,9 @@ impl Span {
 /// Sees each key and value in turn, until it breaks.
 pub type Visit<'a> = &'a mut dyn FnMut(&[u8], &[u8]) -> ControlFlow<()>;
 
+/// Keys and values, by rising key, no key twice.
+pub type Rows<'a> = &'a mut dyn Iterator<Item = (&'a [u8], &'a [u8])>;
+
 pub trait Tables: Send + Sync + 'static {
     fn get(&self, table: Table, key: &[u8]) -> Result<Option<Vec<u8>>, TablesError>;
 
@@ -107,6 +163,14 @@ pub trait Tables: Send + Sync + 'static {
 
     /// Atomic, and on the disk when it returns. After an error nothing may be written any more.
     fn write(&self, batch: Batch) -> Result<(), TablesError>;
+
+    /// Brings rows in beside the commits: on the disk when it returns. After an error none of them is
+    /// there, and the tables are as good as before.
+    fn ingest(&self, table: Table, rows: Rows<'_>) -> Result<(), TablesError>;
+
+    /// What payments below the horizon have left in the tables of [`DROPPED`] is never asked for again:
+    /// gives back its space, where that is cheap by now.
+    fn reclaim(&self, horizon: &Horizon) -> Result<(), TablesError>;
 
     /// Bytes left on the disk; `None` where there is no disk.
     fn free_space(&self) -> Option<u64>;

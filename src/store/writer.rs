@@ -2,6 +2,7 @@
 //! is stored and staged, makes them durable with one sync, and answers.
 
 use std::{
+    collections::BTreeSet,
     ops::ControlFlow,
     sync::{Arc, atomic::Ordering},
     time::Duration,
@@ -16,6 +17,7 @@ use super::{
     record,
     shared::Shared,
     tables::{Batch, Table},
+    tail::Derived,
 };
 use crate::{
     clock::Stopwatch,
@@ -32,10 +34,13 @@ const JOBS_MAX: usize = 1_024;
 /// none waits long for the others. A batch without bounds takes seconds once the writer has fallen
 /// behind, and all who arrive meanwhile make the next one larger.
 const COMMITS_MAX: usize = 2_000;
-/// Entries that a create makes: payment, key, and its place in two lists.
-const ENTRIES: usize = 4;
 /// Entries of `Meta` in a batch at most.
-const MARKS: usize = 4;
+const MARKS: usize = 6;
+/// Of nearly every entry, key and value.
+const ENTRY_BYTES: usize = 512;
+/// Payments whose keys and lists are in memory alone, at some 250 bytes each: half a minute's at full speed.
+/// Where bringing them into their tables falls so far behind, creates are refused.
+const TAIL_MAX: usize = 1_000_000;
 /// Marks are written along with a batch, at most this often.
 const MARKS_EVERY: Duration = Duration::from_secs(1);
 
@@ -46,9 +51,13 @@ pub enum Job {
         commits: Vec<Commit>,
         answer: oneshot::Sender<Answers>,
     },
-    /// Payments to drop, each with the revision that it was judged at; answered with how many went.
-    Drop {
-        payments: Vec<super::Versioned>,
+    /// Retention is about to look at payments: from here on it is noted which ones change.
+    Watch {
+        answer: oneshot::Sender<usize>,
+    },
+    /// What retention has found; answered with how many payments went.
+    Pass {
+        passed: Passed,
         answer: oneshot::Sender<usize>,
     },
     /// Replies that lapsed by `at`, and what the `Lapse` table calls them.
@@ -75,11 +84,24 @@ impl Job {
     fn commits(&self) -> usize {
         match self {
             Self::Commit { commits, .. } => commits.len(),
-            Self::Drop { payments, .. } => payments.len(),
+            Self::Pass { passed, .. } => passed.kept.len(),
             Self::Lapse { keys, .. } => keys.len(),
-            Self::Load { .. } | Self::Marks | Self::Close { .. } => 0,
+            Self::Watch { .. } | Self::Load { .. } | Self::Marks | Self::Close { .. } => 0,
         }
     }
+}
+
+/// Payments that retention has judged: all from the horizon's mark up to `to`, and some that it kept
+/// before. What has changed since the watch began stays all the same.
+pub struct Passed {
+    pub to: PaymentId,
+    pub gone: Vec<PaymentId>,
+    /// Those below `to` that stay.
+    pub kept: Vec<PaymentId>,
+    /// Of those that go, the ones with a dead delivery.
+    pub dead: Vec<PaymentId>,
+    /// Reservations of those that go, where their draws were counted.
+    pub drew: BTreeSet<String>,
 }
 
 /// How many of the jobs go into the next sync: one at least.
@@ -97,14 +119,23 @@ fn fitting(jobs: &[Job]) -> usize {
 #[derive(Default)]
 struct Stage {
     batch: Batch,
-    revisions: FxHashMap<PaymentId, Option<Revision>>,
+    revisions: FxHashMap<PaymentId, Revision>,
     keys: FxHashMap<KeyHash, Remembered>,
     dues: Vec<(PaymentId, Timestamp, Dues)>,
     oldest: Option<PaymentId>,
     nearest_entry: Option<Timestamp>,
     newest: Option<PaymentId>,
     payments: i64,
+    /// Creates that there is still room for.
+    room: usize,
     commits: usize,
+    /// The marks are written along.
+    marks: bool,
+    derived: Vec<Derived>,
+    /// Where the horizon moves to, who stays below it, and who goes.
+    horizon: Option<PaymentId>,
+    kept: FxHashSet<PaymentId>,
+    gone: FxHashSet<PaymentId>,
     /// Held until their counters are on the disk: a counter must not be forgotten before.
     draws: Vec<super::Draw>,
 }
@@ -118,6 +149,8 @@ pub struct Writer {
     /// update is of one of them, and need not read the record only to compare a number. Whoever is
     /// missing here is read.
     revisions: FxHashMap<PaymentId, Revision>,
+    /// Payments written since retention began to look, while it does.
+    watched: Option<FxHashSet<PaymentId>>,
 }
 
 type Waiting = Vec<(oneshot::Sender<Answers>, Answers)>;
@@ -125,7 +158,7 @@ type Waiting = Vec<(oneshot::Sender<Answers>, Answers)>;
 impl Writer {
     pub fn new(shared: Arc<Shared>, jobs: mpsc::Receiver<Job>, marks: Marks) -> Self {
         let revisions = FxHashMap::default();
-        Self { shared, jobs, marks, marked: Stopwatch::start(), revisions }
+        Self { shared, jobs, marks, marked: Stopwatch::start(), revisions, watched: None }
     }
 
     /// Runs until closed, until every handle to the store is gone, or until a commit fails.
@@ -146,35 +179,43 @@ impl Writer {
 
     /// False: no more batches.
     fn batch(&mut self, jobs: Vec<Job>) -> bool {
-        let mut stage = Stage::with_room_for(&jobs);
+        let mut stage = Stage::of_size(jobs.iter().map(Job::commits).sum());
+        stage.room = self.room();
         let mut waiting: Waiting = Vec::new();
         let mut counts = Vec::new();
+        let mut passes = Vec::new();
         let mut close = None;
-        let mut marks = false;
         for job in jobs {
             match job {
                 Job::Commit { commits, answer } => {
                     let answers = commits.into_iter().map(|c| self.stage(&mut stage, c)).collect();
                     waiting.push((answer, answers));
                 }
-                Job::Drop { payments, answer } => {
-                    counts.push((answer, self.stage_drops(&mut stage, payments)));
+                Job::Watch { answer } => {
+                    self.watched = Some(FxHashSet::default());
+                    // Answered when what came before it can be read.
+                    counts.push((answer, 0));
                 }
+                Job::Pass { passed, answer } => passes.push((answer, passed)),
                 Job::Lapse { keys, answer } => {
                     counts.push((answer, self.stage_lapses(&mut stage, keys)));
                 }
                 Job::Load { from, to, answer } => {
                     let _ = answer.send(self.shared.load(from, to));
                 }
-                Job::Marks => marks = true,
+                Job::Marks => stage.marks = true,
                 Job::Close { answer } => close = Some(answer),
             }
+        }
+        // Last: what else is in this batch counts as a change since the watch began.
+        for (answer, passed) in passes {
+            counts.push((answer, self.stage_pass(&mut stage, passed)));
         }
         #[cfg(feature = "faults")]
         super::faults::before_commit(&*self.shared.tables, &mut stage.batch, || {
             answer(std::mem::take(&mut waiting));
         });
-        if (marks || !stage.batch.is_empty() || close.is_some()) && !self.write(stage) {
+        if (stage.marks || !stage.batch.is_empty() || close.is_some()) && !self.write(stage) {
             return false;
         }
         answer(waiting);
@@ -186,17 +227,23 @@ impl Writer {
         false
     }
 
+    /// How many payments more may be in memory.
+    fn room(&self) -> usize {
+        let open = self.shared.open_max.saturating_sub(self.shared.book.open());
+        open.min(TAIL_MAX.saturating_sub(self.shared.tail.payments()))
+    }
+
     /// Makes the stage durable, then visible to the drivers. False: it failed, and nobody is answered.
     fn write(&mut self, mut stage: Stage) -> bool {
         let shared = Arc::clone(&self.shared);
         let sequence = shared.sequence.load(Ordering::Relaxed) + 1;
-        stage.batch.put(Table::Meta, *meta::SEQUENCE, sequence.to_be_bytes());
+        stage.batch.put(Table::Meta, meta::SEQUENCE, sequence.to_be_bytes());
         let payments =
             shared.payments.load(Ordering::Relaxed).saturating_add_signed(stage.payments);
-        let due_now = self.marked.elapsed() >= MARKS_EVERY;
+        let due_now = stage.marks || self.marked.elapsed() >= MARKS_EVERY;
         if self.marks.note(&stage) || due_now {
             self.marked = Stopwatch::start();
-            self.marks.stage(&mut stage, shared.book.floors(), payments);
+            self.marks.stage(&mut stage, shared.book.floors(), shared.tail.oldest(), payments);
         }
         let took = Stopwatch::start();
         if let Err(error) = shared.tables.write(std::mem::take(&mut stage.batch)) {
@@ -206,6 +253,10 @@ impl Writer {
         shared.sequence.store(sequence, Ordering::Release);
         shared.payments.store(payments, Ordering::Relaxed);
         self.note_revisions(&stage);
+        shared.tail.add(stage.derived);
+        if stage.horizon.is_some() || !stage.kept.is_empty() {
+            shared.horizon.moved(stage.horizon, &stage.kept, &stage.gone);
+        }
         shared.book.note(stage.dues);
         if stage.commits > 0 {
             (shared.on_commit)(stage.commits, took.elapsed());
@@ -217,13 +268,13 @@ impl Writer {
         for (id, created_at, dues) in &stage.dues {
             let waits = dues.earliest().is_some() && dues.entry(*created_at).is_none();
             match stage.revisions.get(id) {
-                Some(Some(revision)) if waits => self.revisions.insert(*id, *revision),
+                Some(revision) if waits => self.revisions.insert(*id, *revision),
                 Some(_) | None => self.revisions.remove(id),
             };
         }
     }
 
-    fn stage(&self, stage: &mut Stage, commit: Commit) -> Result<Committed, StoreError> {
+    fn stage(&mut self, stage: &mut Stage, commit: Commit) -> Result<Committed, StoreError> {
         let Commit { change, reply } = commit;
         // A known key is answered before anything else is looked at.
         if let Some((key, at)) = key_of(change.as_ref(), reply.as_ref())
@@ -257,36 +308,41 @@ impl Writer {
         Ok(Committed::Done(revision))
     }
 
-    fn stage_create(&self, stage: &mut Stage, payment: &Payment) -> Result<(), StoreError> {
+    fn stage_create(&mut self, stage: &mut Stage, payment: &Payment) -> Result<(), StoreError> {
         let terms = &payment.terms;
-        let has_room = self.shared.book.open() < self.shared.open_max;
-        if !has_room || self.shared.dropping_behind.load(Ordering::Relaxed) {
+        let shared = &self.shared;
+        if stage.room == 0 || shared.dropping_behind.load(Ordering::Relaxed) {
             return Err(StoreError::Overloaded);
         }
-        stage.batch.put(Table::Payment, *terms.id.bytes(), record::terms(terms));
-        for name in self.shared.index_names(terms) {
-            stage.batch.put(Table::Index, record::index_key(name, terms.id), []);
-        }
+        stage.room -= 1;
+        stage.batch.put_with(Table::Payment, terms.id.bytes(), |b| record::terms(terms, b));
+        stage.derived.push(shared.derived(terms));
         if let Some(Idempotency { key, request }) = terms.idempotency {
-            stage.batch.put(Table::Key, key.0, record::created(request, terms.id));
             stage.keys.insert(key, Remembered::Created { request, id: terms.id });
+        }
+        if terms.id < shared.horizon.mark() {
+            // An id may be older than its commit, and the horizon have passed it since.
+            stage.keep(terms.id);
+        }
+        if let Some(watched) = &mut self.watched {
+            watched.insert(terms.id);
         }
         stage.payments += 1;
         stage.newest = stage.newest.max(Some(terms.id));
-        stage.revisions.insert(terms.id, Some(Revision(0)));
+        stage.revisions.insert(terms.id, Revision(0));
         stage.note(payment, None);
         Ok(())
     }
 
     fn stage_update(
-        &self,
+        &mut self,
         stage: &mut Stage,
         before: &super::Versioned,
         after: &Payment,
     ) -> Result<Revision, StoreError> {
         let id = after.terms.id;
         let stored = match (stage.revisions.get(&id), self.revisions.get(&id)) {
-            (Some(staged), _) => *staged,
+            (Some(staged), _) => Some(*staged),
             (None, Some(written)) => Some(*written),
             (None, None) => self.stored_revision(id)?,
         };
@@ -296,8 +352,12 @@ impl Writer {
             return Err(StoreError::Conflict);
         }
         let revision = Revision(before.revision.0 + 1);
-        stage.batch.put(Table::State, *id.bytes(), record::progress(revision, &after.progress));
-        stage.revisions.insert(id, Some(revision));
+        let progress = |b: &mut Vec<u8>| record::progress(revision, &after.progress, b);
+        stage.batch.put_with(Table::State, id.bytes(), progress);
+        stage.revisions.insert(id, revision);
+        if let Some(watched) = &mut self.watched {
+            watched.insert(id);
+        }
         stage.note(after, Dues::of(&before.payment).entry(after.terms.created_at));
         stage.note_dead(&before.payment, after);
         Ok(revision)
@@ -305,7 +365,7 @@ impl Writer {
 
     fn stage_reply(&self, stage: &mut Stage, reply: Reply) {
         let Reply { idempotency: Idempotency { key, request }, bytes, at } = reply;
-        stage.batch.put(Table::Reply, key.0, record::reply(request, at, &bytes));
+        stage.batch.put_with(Table::Reply, key.0, |b| record::reply(request, at, &bytes, b));
         let lapses = at.plus(self.shared.retention.idempotency);
         stage.batch.put(Table::Lapse, record::timed_key(lapses, &key.0), []);
         stage.keys.insert(key, Remembered::Replied { request, bytes });
@@ -329,6 +389,9 @@ impl Writer {
 
     /// `None`: there is no such payment.
     fn stored_revision(&self, id: PaymentId) -> Result<Option<Revision>, StoreError> {
+        if !self.shared.horizon.has(id) {
+            return Ok(None);
+        }
         if let Some(state) = self.shared.read(Table::State, id.bytes())? {
             return record::revision(Some(&state)).map(Some);
         }
@@ -350,57 +413,52 @@ impl Writer {
         count
     }
 
-    /// Drops what has not changed since it was judged: its record, its place in lists, its create's key
-    /// unless a newer payment has taken that, and with a reservation's last payment its counter.
-    fn stage_drops(&self, stage: &mut Stage, payments: Vec<super::Versioned>) -> usize {
-        let mut dropped = 0;
-        let mut drew = FxHashSet::default();
-        for super::Versioned { payment, revision } in payments {
-            let terms = &payment.terms;
-            let staged = stage.revisions.contains_key(&terms.id);
-            if staged || self.stored_revision(terms.id).ok().flatten() != Some(revision) {
-                continue;
-            }
-            stage.batch.delete(Table::Payment, *terms.id.bytes());
-            if revision > Revision(0) {
-                stage.batch.delete(Table::State, *terms.id.bytes());
-            }
-            for name in self.shared.index_names(terms) {
-                stage.batch.delete(Table::Index, record::index_key(name, terms.id));
-            }
-            if payment.has_dead() {
-                stage.batch.delete(Table::Dead, *terms.id.bytes());
-            }
-            if let Some(Idempotency { key, .. }) = terms.idempotency
-                && !stage.keys.contains_key(&key)
-                && self.shared.owner_of(key) == Some(terms.id)
-            {
-                stage.batch.delete(Table::Key, key.0);
-            }
-            if terms.idempotency.is_none() && terms.plan.scenario.draws() {
-                drew.insert(terms.reservation_id.clone());
-            }
-            stage.revisions.insert(terms.id, None);
-            stage.payments -= 1;
-            dropped += 1;
+    /// Moves the horizon. What goes takes nothing with it but its row in `Dead`, and with a reservation's
+    /// last payment its counter.
+    fn stage_pass(&mut self, stage: &mut Stage, passed: Passed) -> usize {
+        let Passed { to, gone, kept, dead, drew } = passed;
+        let watched = self.watched.take().unwrap_or_default();
+        if gone.is_empty() && kept.is_empty() {
+            return 0;
         }
+        let from = self.shared.horizon.mark();
+        let changed = watched.iter().filter(|id| (from..to).contains(*id));
+        for id in kept.iter().chain(changed) {
+            stage.keep(*id);
+        }
+        for id in dead.iter().filter(|id| !watched.contains(id)) {
+            stage.batch.delete(Table::Dead, id.bytes());
+        }
+        stage.gone = gone.into_iter().filter(|id| !watched.contains(id)).collect();
+        for id in stage.gone.iter().filter(|id| **id < from) {
+            stage.batch.delete(Table::Kept, id.bytes());
+        }
+        stage.batch.put(Table::Meta, meta::HORIZON, to.bytes());
+        stage.horizon = Some(to);
+        // The count of payments is one of them.
+        stage.marks = true;
+        stage.payments -= i64::try_from(stage.gone.len()).expect("a chunk of payments");
         for reservation in drew {
-            self.stage_counter_drop(stage, &reservation);
+            self.stage_counter_drop(stage, &reservation, to);
         }
-        dropped
+        stage.gone.len()
     }
 
     /// Forgets how often a reservation drew when none of its payments is left.
-    fn stage_counter_drop(&self, stage: &mut Stage, reservation: &str) {
-        let counter = self.shared.draws_name(reservation);
+    fn stage_counter_drop(&self, stage: &mut Stage, reservation: &str, horizon: PaymentId) {
+        let shared = &self.shared;
+        let counter = shared.draws_name(reservation);
         if stage.draws.iter().any(|draw| draw.reservation == counter) {
             return;
         }
-        let name = self.shared.reservation_name(reservation);
-        let mut left = false;
-        let read = self.shared.scan(Table::Index, record::index_span(name), &mut |key, _| {
-            let gone = |id| matches!(stage.revisions.get(&id), Some(None));
-            left = !record::read_index_id(key).is_ok_and(gone);
+        let stays = |id: PaymentId| {
+            let was_kept = shared.horizon.is_kept(id) && !stage.gone.contains(&id);
+            id >= horizon || stage.kept.contains(&id) || was_kept
+        };
+        let name = shared.reservation_name(reservation);
+        let mut left = shared.tail.ids(name).into_iter().any(stays);
+        let read = shared.scan(Table::Index, record::index_span(name), &mut |key, _| {
+            left |= record::read_index_id(key).map_or(true, stays);
             if left { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
         });
         if read.is_ok() && !left {
@@ -411,14 +469,21 @@ impl Writer {
 
 impl Stage {
     /// Thousands of entries a batch: grown step by step they would be moved as often.
-    fn with_room_for(jobs: &[Job]) -> Self {
-        let commits = jobs.iter().map(Job::commits).sum();
-        let batch = Batch::with_capacity(commits * ENTRIES + MARKS);
+    fn of_size(commits: usize) -> Self {
+        let batch = Batch::with_capacity(commits + MARKS, commits * ENTRY_BYTES);
         let mut stage = Self { batch, ..Self::default() };
         stage.revisions.reserve(commits);
         stage.keys.reserve(commits);
         stage.dues.reserve(commits);
+        stage.derived.reserve(commits);
         stage
+    }
+
+    /// Below the horizon, and there all the same.
+    fn keep(&mut self, id: PaymentId) {
+        if self.kept.insert(id) {
+            self.batch.put(Table::Kept, id.bytes(), []);
+        }
     }
 
     /// Keeps the `Due` table in step with a record, and remembers what the drivers must know after.
@@ -492,6 +557,8 @@ pub struct Marks {
     pub due: Timestamp,
     /// The newest payment ever stored.
     pub newest: Option<PaymentId>,
+    /// Of every older payment, what is derived from it is in its tables.
+    pub derived: Option<PaymentId>,
 }
 
 impl Marks {
@@ -503,21 +570,28 @@ impl Marks {
             (Some(oldest), Some(mark)) => oldest < mark,
             (Some(_), None) | (None, _) => false,
         };
-        before_payment || stage.nearest_entry.is_some_and(|at| at < self.due)
+        let before_derived =
+            stage.derived.iter().any(|new| self.derived.is_some_and(|mark| new.id < mark));
+        before_payment || before_derived || stage.nearest_entry.is_some_and(|at| at < self.due)
     }
 
-    fn stage(&mut self, stage: &mut Stage, floors: Floors, payments: u64) {
+    fn stage(&mut self, stage: &mut Stage, floors: Floors, tail: Option<PaymentId>, payments: u64) {
         let open = [floors.payment, stage.oldest].into_iter().flatten().min();
         // Where nothing is open, everything up to the newest payment is settled.
         self.payment = open.or(self.newest);
         self.due = stage.nearest_entry.map_or(floors.due, |at| at.min(floors.due));
         if let Some(floor) = self.payment {
-            stage.batch.put(Table::Meta, *meta::FLOOR, *floor.bytes());
+            stage.batch.put(Table::Meta, meta::FLOOR, floor.bytes());
         }
-        stage.batch.put(Table::Meta, *meta::DUE_FLOOR, self.due.ms().max(0).to_be_bytes());
+        let staged = stage.derived.iter().map(|new| new.id);
+        self.derived = staged.chain(tail).min().or(self.newest);
+        if let Some(derived) = self.derived {
+            stage.batch.put(Table::Meta, meta::DERIVED, derived.bytes());
+        }
+        stage.batch.put(Table::Meta, meta::DUE_FLOOR, self.due.ms().max(0).to_be_bytes());
         if let Some(newest) = self.newest {
             let counted = [newest.bytes().as_slice(), &payments.to_be_bytes()].concat();
-            stage.batch.put(Table::Meta, *meta::COUNTED, counted);
+            stage.batch.put(Table::Meta, meta::COUNTED, counted);
         }
     }
 }
@@ -529,6 +603,8 @@ pub mod meta {
     pub const FLOOR: &[u8; 5] = b"floor";
     pub const DUE_FLOOR: &[u8; 9] = b"due_floor";
     pub const COUNTED: &[u8; 7] = b"counted";
+    pub const DERIVED: &[u8; 7] = b"derived";
+    pub const HORIZON: &[u8; 7] = b"horizon";
 }
 
 #[cfg(test)]

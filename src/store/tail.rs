@@ -1,0 +1,205 @@
+//! What the newest payments have in `Key` and `Index`, before it is in those tables. It is in no commit:
+//! sorted and brought in many at a time it costs a fraction. After a crash it is derived again, from the
+//! payments past a stored mark.
+
+use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard};
+
+use rustc_hash::FxHashMap;
+
+use super::record;
+use crate::domain::ids::{Idempotency, KeyHash, PaymentId, RequestHash};
+
+/// The names under which a payment is listed, hashed.
+pub type Names = [[u8; 8]; 2];
+
+/// What a payment has in the derived tables.
+#[derive(Clone, Debug)]
+pub struct Derived {
+    pub id: PaymentId,
+    pub idempotency: Option<Idempotency>,
+    pub names: Names,
+}
+
+#[derive(Default)]
+pub struct Tail(RwLock<Layers>);
+
+#[derive(Default)]
+struct Layers {
+    fresh: Layer,
+    /// What is being brought into the tables.
+    leaving: Option<Arc<Layer>>,
+}
+
+/// Hashed with our secret, all of it: nobody outside can choose entries that collide.
+#[derive(Default)]
+pub struct Layer {
+    keys: FxHashMap<KeyHash, (RequestHash, PaymentId)>,
+    places: Vec<Place>,
+    /// The last place of each name.
+    last: FxHashMap<[u8; 8], usize>,
+    oldest: Option<PaymentId>,
+    payments: usize,
+}
+
+struct Place {
+    name: [u8; 8],
+    id: PaymentId,
+    /// Of the same name.
+    before: Option<usize>,
+}
+
+impl Tail {
+    fn layers(&self) -> RwLockReadGuard<'_, Layers> {
+        self.0.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub fn add(&self, derived: impl IntoIterator<Item = Derived>) {
+        let mut layers = self.0.write().unwrap_or_else(PoisonError::into_inner);
+        for derived in derived {
+            layers.fresh.add(&derived);
+        }
+    }
+
+    /// What stands under a create's key. To be asked before the table: what leaves here is there already.
+    pub fn key(&self, key: KeyHash) -> Option<(RequestHash, PaymentId)> {
+        let layers = self.layers();
+        let leaving = layers.leaving.as_ref();
+        let known = layers.fresh.keys.get(&key).or_else(|| leaving?.keys.get(&key));
+        known.copied()
+    }
+
+    /// The payments of a name, in no order. To be asked before the table, as above.
+    pub fn ids(&self, name: [u8; 8]) -> Vec<PaymentId> {
+        let layers = self.layers();
+        let all = std::iter::once(&layers.fresh).chain(layers.leaving.as_deref());
+        all.flat_map(|layer| layer.ids(name)).collect()
+    }
+
+    /// The oldest payment that may be missing in the tables.
+    pub fn oldest(&self) -> Option<PaymentId> {
+        let layers = self.layers();
+        let leaving = layers.leaving.as_ref().and_then(|layer| layer.oldest);
+        layers.fresh.oldest.into_iter().chain(leaving).min()
+    }
+
+    /// Payments whose entries are still to leave.
+    pub fn waiting(&self) -> usize {
+        self.layers().fresh.payments
+    }
+
+    pub fn payments(&self) -> usize {
+        let layers = self.layers();
+        layers.fresh.payments + layers.leaving.as_ref().map_or(0, |layer| layer.payments)
+    }
+
+    /// What is to be brought into the tables: what was begun and not finished first.
+    pub fn leave(&self) -> Arc<Layer> {
+        let mut layers = self.0.write().unwrap_or_else(PoisonError::into_inner);
+        let Layers { fresh, leaving } = &mut *layers;
+        let next = || {
+            // The next will be about as large: grown step by step it would be moved as often.
+            let room = Layer::with_room_for(fresh.payments);
+            Arc::new(std::mem::replace(fresh, room))
+        };
+        Arc::clone(leaving.get_or_insert_with(next))
+    }
+
+    /// It is in the tables.
+    pub fn has_left(&self) {
+        let left = self.0.write().unwrap_or_else(PoisonError::into_inner).leaving.take();
+        // Freed without the lock.
+        drop(left);
+    }
+}
+
+impl Layer {
+    fn with_room_for(payments: usize) -> Self {
+        let mut layer = Self::default();
+        layer.keys.reserve(payments);
+        layer.places.reserve(payments * 2);
+        layer.last.reserve(payments);
+        layer
+    }
+
+    fn add(&mut self, derived: &Derived) {
+        let id = derived.id;
+        if let Some(Idempotency { key, request }) = derived.idempotency {
+            self.keys.insert(key, (request, id));
+        }
+        for name in derived.names {
+            let before = self.last.insert(name, self.places.len());
+            self.places.push(Place { name, id, before });
+        }
+        self.oldest = Some(self.oldest.map_or(id, |oldest| oldest.min(id)));
+        self.payments += 1;
+    }
+
+    fn ids(&self, name: [u8; 8]) -> impl Iterator<Item = PaymentId> {
+        let mut at = self.last.get(&name).copied();
+        std::iter::from_fn(move || {
+            let place = &self.places[at?];
+            at = place.before;
+            Some(place.id)
+        })
+    }
+
+    /// Rows of `Key`, as they are to be brought in.
+    pub fn key_rows(&self) -> Vec<([u8; 16], [u8; 32])> {
+        let row = |(key, (request, id)): (&KeyHash, &(RequestHash, PaymentId))| {
+            (key.0, record::created(*request, *id))
+        };
+        let mut rows: Vec<_> = self.keys.iter().map(row).collect();
+        rows.sort_unstable();
+        rows
+    }
+
+    /// Keys of `Index`, as they are to be brought in.
+    pub fn index_rows(&self) -> Vec<[u8; 24]> {
+        let mut rows: Vec<_> =
+            self.places.iter().map(|place| record::index_key(place.name, place.id)).collect();
+        rows.sort_unstable();
+        rows.dedup();
+        rows
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::domain::time::Timestamp;
+
+    fn derived(n: u8, key: u8) -> Derived {
+        let id = PaymentId::from_parts(Timestamp::from_ms(1_000), n.into());
+        let idempotency = Idempotency { key: KeyHash([key; 16]), request: RequestHash([n; 16]) };
+        Derived { id, idempotency: Some(idempotency), names: [[1; 8], [n; 8]] }
+    }
+
+    #[test]
+    fn what_leaves_is_found_until_it_has_left() {
+        let tail = Tail::default();
+        tail.add([derived(3, 7), derived(2, 8)]);
+        let leaving = tail.leave();
+        tail.add([derived(4, 7)]);
+        let id = |n| derived(n, 0).id;
+        assert_eq!(tail.key(KeyHash([7; 16])).unwrap().1, id(4), "the newer one holds");
+        assert_eq!(tail.key(KeyHash([8; 16])).unwrap().1, id(2));
+        assert_eq!(tail.ids([1; 8]).len(), 3);
+        assert_eq!((tail.oldest(), tail.waiting(), tail.payments()), (Some(id(2)), 1, 3));
+        assert!(Arc::ptr_eq(&leaving, &tail.leave()), "as long as it has not left");
+        tail.has_left();
+        assert_eq!(tail.key(KeyHash([8; 16])), None);
+        assert_eq!((tail.oldest(), tail.ids([1; 8])), (Some(id(4)), vec![id(4)]));
+    }
+
+    #[test]
+    fn rows_rise_and_no_key_comes_twice() {
+        let tail = Tail::default();
+        tail.add([derived(3, 7), derived(3, 7), derived(2, 5)]);
+        let layer = tail.leave();
+        let keys: Vec<_> = layer.key_rows().iter().map(|(key, _)| key[0]).collect();
+        assert_eq!(keys, [5, 7]);
+        let rows = layer.index_rows();
+        assert_eq!(rows.len(), 4);
+        assert!(rows.is_sorted_by(|a, b| a < b));
+    }
+}
