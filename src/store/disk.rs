@@ -214,7 +214,7 @@ impl Tables for Disk {
         }
     }
 
-    fn write(&self, batch: Batch) -> Result<(), TablesError> {
+    fn write(&self, batch: &Batch) -> Result<(), TablesError> {
         let mut writes = fjall::OwnedWriteBatch::with_capacity(self.database.clone(), batch.len())
             .durability(Some(PersistMode::SyncData));
         for (table, key, value) in batch.entries() {

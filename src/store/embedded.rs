@@ -20,11 +20,14 @@ use super::{
     draws::{Counters, Draw},
     horizon::Horizon,
     janitor::Janitor,
-    lists, record,
+    lists,
+    marks::{Marks, meta},
+    open::OpenPayments,
+    record,
     shared::{Retention, Shared},
     tables::{Batch, Span, Table, Tables, TablesError},
     tail::Tail,
-    writer::{Answers, Job, Marks, Writer, meta},
+    writer::{Answers, Job, Writer},
 };
 use crate::{
     clock::Clock,
@@ -75,6 +78,7 @@ impl Embedded {
             .map_err(|why| OpenError::Corrupt { path: path.to_owned(), why })?;
         let shared = Arc::new(Shared {
             book: Arc::new(Book::new(opened.marks.due)),
+            open: OpenPayments::default(),
             tail: Tail::default(),
             horizon,
             secret: opened.secret,
@@ -189,7 +193,7 @@ fn make_secret(tables: &dyn Tables) -> Result<StoreSecret, String> {
     getrandom::fill(&mut bytes).map_err(|error| format!("no randomness: {error}"))?;
     let mut batch = Batch::default();
     batch.put(Table::Meta, meta::SECRET, bytes);
-    tables.write(batch).map_err(|error| error.to_string())?;
+    tables.write(&batch).map_err(|error| error.to_string())?;
     Ok(StoreSecret::new(bytes))
 }
 
@@ -199,7 +203,7 @@ fn derived_so_far(tables: &dyn Tables, newest: Option<PaymentId>) -> Result<Paym
     let mark = newest.unwrap_or_default();
     let mut batch = Batch::default();
     batch.put(Table::Meta, meta::DERIVED, mark.bytes());
-    tables.write(batch).map_err(|error| error.to_string())?;
+    tables.write(&batch).map_err(|error| error.to_string())?;
     Ok(mark)
 }
 

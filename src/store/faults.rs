@@ -18,7 +18,7 @@ pub fn before_commit(tables: &dyn Tables, batch: &mut Batch, answer: impl FnOnce
         Some(Fault::AckBeforeCommit) => answer(),
         Some(Fault::OutboxAfterCommit) => {
             let (half, mut rest) = halves(tables, batch);
-            tables.write(half).expect("the faults are tried on disks that work");
+            tables.write(&half).expect("the faults are tried on disks that work");
             copy(batch, &mut rest);
             *batch = rest;
             answer();

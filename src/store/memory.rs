@@ -63,7 +63,7 @@ impl Tables for Memory {
         Ok(())
     }
 
-    fn write(&self, batch: Batch) -> Result<(), TablesError> {
+    fn write(&self, batch: &Batch) -> Result<(), TablesError> {
         let mut all = self.0.write().unwrap_or_else(PoisonError::into_inner);
         for (table, key, value) in batch.entries() {
             let rows = &mut all[table as usize];

@@ -15,6 +15,7 @@ use super::{
     Health, OnCommit, Remembered, StoreError, Versioned,
     book::{Book, Dues},
     horizon::Horizon,
+    open::OpenPayments,
     record,
     tables::{Span, Table, Tables, TablesError, Visit},
     tail::{Derived, Names, Tail},
@@ -45,6 +46,7 @@ impl Retention {
 pub struct Shared {
     pub tables: Arc<dyn Tables>,
     pub book: Arc<Book>,
+    pub open: OpenPayments,
     pub tail: Tail,
     pub horizon: Arc<Horizon>,
     pub secret: StoreSecret,
@@ -92,6 +94,9 @@ impl Shared {
     }
 
     pub fn get(&self, id: PaymentId) -> Result<Option<Versioned>, StoreError> {
+        if let Some(open) = self.open.get(id) {
+            return Ok(Some(open));
+        }
         // State first: where the payment goes in between, there is nothing, not half of it.
         let state = self.read(Table::State, id.bytes())?;
         let Some(terms) = self.read(Table::Payment, id.bytes())? else { return Ok(None) };

@@ -88,8 +88,9 @@ struct Entry {
 }
 
 impl Batch {
-    pub fn with_capacity(entries: usize, bytes: usize) -> Self {
-        Self { bytes: Vec::with_capacity(bytes), entries: Vec::with_capacity(entries) }
+    pub fn clear(&mut self) {
+        self.bytes.clear();
+        self.entries.clear();
     }
 
     pub fn put(&mut self, table: Table, key: impl AsRef<[u8]>, value: impl AsRef<[u8]>) {
@@ -162,7 +163,7 @@ pub trait Tables: Send + Sync + 'static {
     fn scan(&self, table: Table, span: Span, visit: Visit<'_>) -> Result<(), TablesError>;
 
     /// Atomic, and on the disk when it returns. After an error nothing may be written any more.
-    fn write(&self, batch: Batch) -> Result<(), TablesError>;
+    fn write(&self, batch: &Batch) -> Result<(), TablesError>;
 
     /// Brings rows in beside the commits: on the disk when it returns. After an error none of them is
     /// there, and the tables are as good as before.

@@ -8,16 +8,17 @@ use std::{
     time::Duration,
 };
 
-use rustc_hash::{FxHashMap, FxHashSet};
+use rustc_hash::FxHashSet;
 use tokio::sync::{mpsc, oneshot};
 
 use super::{
-    Change, Commit, Committed, Health, Remembered, Reply, Revision, StoreError,
-    book::{Dues, Floors},
+    Change, Commit, Committed, Health, Remembered, Reply, Revision, StoreError, Versioned,
+    book::Dues,
+    marks::{Marks, meta},
     record,
     shared::Shared,
-    tables::{Batch, Table},
-    tail::Derived,
+    stage::Stage,
+    tables::Table,
 };
 use crate::{
     clock::Stopwatch,
@@ -34,10 +35,6 @@ const JOBS_MAX: usize = 1_024;
 /// none waits long for the others. A batch without bounds takes seconds once the writer has fallen
 /// behind, and all who arrive meanwhile make the next one larger.
 const COMMITS_MAX: usize = 2_000;
-/// Entries of `Meta` in a batch at most.
-const MARKS: usize = 6;
-/// Of nearly every entry, key and value.
-const ENTRY_BYTES: usize = 512;
 /// Payments whose keys and lists are in memory alone, at some 250 bytes each: half a minute's at full speed.
 /// Where bringing them into their tables falls so far behind, creates are refused.
 const TAIL_MAX: usize = 1_000_000;
@@ -114,41 +111,12 @@ fn fitting(jobs: &[Job]) -> usize {
     jobs.iter().take_while(fits).count().max(1)
 }
 
-/// What one sync is about to make true. Its maps are keyed by what is made here or hashed with our
-/// secret: nobody outside can choose entries that collide.
-#[derive(Default)]
-struct Stage {
-    batch: Batch,
-    revisions: FxHashMap<PaymentId, Revision>,
-    keys: FxHashMap<KeyHash, Remembered>,
-    dues: Vec<(PaymentId, Timestamp, Dues)>,
-    oldest: Option<PaymentId>,
-    nearest_entry: Option<Timestamp>,
-    newest: Option<PaymentId>,
-    payments: i64,
-    /// Creates that there is still room for.
-    room: usize,
-    commits: usize,
-    /// The marks are written along.
-    marks: bool,
-    derived: Vec<Derived>,
-    /// Where the horizon moves to, who stays below it, and who goes.
-    horizon: Option<PaymentId>,
-    kept: FxHashSet<PaymentId>,
-    gone: FxHashSet<PaymentId>,
-    /// Held until their counters are on the disk: a counter must not be forgotten before.
-    draws: Vec<super::Draw>,
-}
-
 pub struct Writer {
     shared: Arc<Shared>,
     jobs: mpsc::Receiver<Job>,
     marks: Marks,
     marked: Stopwatch,
-    /// As last written, of payments whose due time is in memory and nowhere else: nearly every
-    /// update is of one of them, and need not read the record only to compare a number. Whoever is
-    /// missing here is read.
-    revisions: FxHashMap<PaymentId, Revision>,
+    stage: Stage,
     /// Payments written since retention began to look, while it does.
     watched: Option<FxHashSet<PaymentId>>,
 }
@@ -157,8 +125,8 @@ type Waiting = Vec<(oneshot::Sender<Answers>, Answers)>;
 
 impl Writer {
     pub fn new(shared: Arc<Shared>, jobs: mpsc::Receiver<Job>, marks: Marks) -> Self {
-        let revisions = FxHashMap::default();
-        Self { shared, jobs, marks, marked: Stopwatch::start(), revisions, watched: None }
+        let (marked, stage) = (Stopwatch::start(), Stage::default());
+        Self { shared, jobs, marks, marked, stage, watched: None }
     }
 
     /// Runs until closed, until every handle to the store is gone, or until a commit fails.
@@ -179,7 +147,8 @@ impl Writer {
 
     /// False: no more batches.
     fn batch(&mut self, jobs: Vec<Job>) -> bool {
-        let mut stage = Stage::of_size(jobs.iter().map(Job::commits).sum());
+        let mut stage = std::mem::take(&mut self.stage);
+        stage.clear();
         stage.room = self.room();
         let mut waiting: Waiting = Vec::new();
         let mut counts = Vec::new();
@@ -215,9 +184,11 @@ impl Writer {
         super::faults::before_commit(&*self.shared.tables, &mut stage.batch, || {
             answer(std::mem::take(&mut waiting));
         });
-        if (stage.marks || !stage.batch.is_empty() || close.is_some()) && !self.write(stage) {
+        let is_empty = stage.batch.is_empty() && !stage.marks && close.is_none();
+        if !is_empty && !self.write(&mut stage) {
             return false;
         }
+        self.stage = stage;
         answer(waiting);
         for (answer, count) in counts {
             let _ = answer.send(count);
@@ -234,44 +205,34 @@ impl Writer {
     }
 
     /// Makes the stage durable, then visible to the drivers. False: it failed, and nobody is answered.
-    fn write(&mut self, mut stage: Stage) -> bool {
+    fn write(&mut self, stage: &mut Stage) -> bool {
         let shared = Arc::clone(&self.shared);
         let sequence = shared.sequence.load(Ordering::Relaxed) + 1;
         stage.batch.put(Table::Meta, meta::SEQUENCE, sequence.to_be_bytes());
         let payments =
             shared.payments.load(Ordering::Relaxed).saturating_add_signed(stage.payments);
         let due_now = stage.marks || self.marked.elapsed() >= MARKS_EVERY;
-        if self.marks.note(&stage) || due_now {
+        if self.marks.note(stage) || due_now {
             self.marked = Stopwatch::start();
-            self.marks.stage(&mut stage, shared.book.floors(), shared.tail.oldest(), payments);
+            self.marks.stage(stage, shared.book.floors(), shared.tail.oldest(), payments);
         }
         let took = Stopwatch::start();
-        if let Err(error) = shared.tables.write(std::mem::take(&mut stage.batch)) {
+        if let Err(error) = shared.tables.write(&stage.batch) {
             shared.fail(&error);
             return false;
         }
         shared.sequence.store(sequence, Ordering::Release);
         shared.payments.store(payments, Ordering::Relaxed);
-        self.note_revisions(&stage);
-        shared.tail.add(stage.derived);
+        shared.open.note(stage.waiting.drain(..), stage.done.drain(..));
+        shared.tail.add(stage.derived.drain(..));
         if stage.horizon.is_some() || !stage.kept.is_empty() {
             shared.horizon.moved(stage.horizon, &stage.kept, &stage.gone);
         }
-        shared.book.note(stage.dues);
+        shared.book.note(stage.dues.drain(..));
         if stage.commits > 0 {
             (shared.on_commit)(stage.commits, took.elapsed());
         }
         true
-    }
-
-    fn note_revisions(&mut self, stage: &Stage) {
-        for (id, created_at, dues) in &stage.dues {
-            let waits = dues.earliest().is_some() && dues.entry(*created_at).is_none();
-            match stage.revisions.get(id) {
-                Some(revision) if waits => self.revisions.insert(*id, *revision),
-                Some(_) | None => self.revisions.remove(id),
-            };
-        }
     }
 
     fn stage(&mut self, stage: &mut Stage, commit: Commit) -> Result<Committed, StoreError> {
@@ -292,14 +253,14 @@ impl Writer {
         let revision = match change {
             None => Revision(0),
             Some(Change::Create { payment, draw }) => {
-                self.stage_create(stage, &payment)?;
+                self.stage_create(stage, payment)?;
                 if let Some(draw) = draw {
                     stage.batch.put(Table::Counter, draw.reservation, draw.next().to_be_bytes());
                     stage.draws.push(draw);
                 }
                 Revision(0)
             }
-            Some(Change::Update { before, after }) => self.stage_update(stage, &before, &after)?,
+            Some(Change::Update { before, after }) => self.stage_update(stage, &before, after)?,
         };
         if let Some(reply) = reply {
             self.stage_reply(stage, reply);
@@ -308,7 +269,7 @@ impl Writer {
         Ok(Committed::Done(revision))
     }
 
-    fn stage_create(&mut self, stage: &mut Stage, payment: &Payment) -> Result<(), StoreError> {
+    fn stage_create(&mut self, stage: &mut Stage, payment: Payment) -> Result<(), StoreError> {
         let terms = &payment.terms;
         let shared = &self.shared;
         if stage.room == 0 || shared.dropping_behind.load(Ordering::Relaxed) {
@@ -329,22 +290,20 @@ impl Writer {
         }
         stage.payments += 1;
         stage.newest = stage.newest.max(Some(terms.id));
-        stage.revisions.insert(terms.id, Revision(0));
-        stage.note(payment, None);
+        stage.note(Versioned { payment, revision: Revision(0) }, None);
         Ok(())
     }
 
     fn stage_update(
         &mut self,
         stage: &mut Stage,
-        before: &super::Versioned,
-        after: &Payment,
+        before: &Versioned,
+        after: Payment,
     ) -> Result<Revision, StoreError> {
         let id = after.terms.id;
-        let stored = match (stage.revisions.get(&id), self.revisions.get(&id)) {
-            (Some(staged), _) => Some(*staged),
-            (None, Some(written)) => Some(*written),
-            (None, None) => self.stored_revision(id)?,
+        let stored = match stage.revisions.get(&id) {
+            Some(staged) => Some(*staged),
+            None => self.stored_revision(id)?,
         };
         #[cfg(feature = "faults")]
         let stored = crate::faults::stored_revision(id, stored, before.revision);
@@ -354,12 +313,12 @@ impl Writer {
         let revision = Revision(before.revision.0 + 1);
         let progress = |b: &mut Vec<u8>| record::progress(revision, &after.progress, b);
         stage.batch.put_with(Table::State, id.bytes(), progress);
-        stage.revisions.insert(id, revision);
         if let Some(watched) = &mut self.watched {
             watched.insert(id);
         }
-        stage.note(after, Dues::of(&before.payment).entry(after.terms.created_at));
-        stage.note_dead(&before.payment, after);
+        stage.note_dead(&before.payment, &after);
+        let entry_before = Dues::of(&before.payment).entry(after.terms.created_at);
+        stage.note(Versioned { payment: after, revision }, entry_before);
         Ok(revision)
     }
 
@@ -389,6 +348,9 @@ impl Writer {
 
     /// `None`: there is no such payment.
     fn stored_revision(&self, id: PaymentId) -> Result<Option<Revision>, StoreError> {
+        if let Some(revision) = self.shared.open.revision(id) {
+            return Ok(Some(revision));
+        }
         if !self.shared.horizon.has(id) {
             return Ok(None);
         }
@@ -467,59 +429,6 @@ impl Writer {
     }
 }
 
-impl Stage {
-    /// Thousands of entries a batch: grown step by step they would be moved as often.
-    fn of_size(commits: usize) -> Self {
-        let batch = Batch::with_capacity(commits + MARKS, commits * ENTRY_BYTES);
-        let mut stage = Self { batch, ..Self::default() };
-        stage.revisions.reserve(commits);
-        stage.keys.reserve(commits);
-        stage.dues.reserve(commits);
-        stage.derived.reserve(commits);
-        stage
-    }
-
-    /// Below the horizon, and there all the same.
-    fn keep(&mut self, id: PaymentId) {
-        if self.kept.insert(id) {
-            self.batch.put(Table::Kept, id.bytes(), []);
-        }
-    }
-
-    /// Keeps the `Due` table in step with a record, and remembers what the drivers must know after.
-    fn note(&mut self, payment: &Payment, entry_before: Option<Timestamp>) {
-        let terms = &payment.terms;
-        let dues = Dues::of(payment);
-        let entry = dues.entry(terms.created_at);
-        if entry != entry_before {
-            if let Some(at) = entry_before {
-                self.batch.delete(Table::Due, record::timed_key(at, terms.id.bytes()));
-            }
-            if let Some(at) = entry {
-                self.batch.put(Table::Due, record::timed_key(at, terms.id.bytes()), []);
-            }
-        }
-        match entry {
-            Some(at) => self.nearest_entry = Some(self.nearest_entry.map_or(at, |n| n.min(at))),
-            None if dues.earliest().is_some() => {
-                self.oldest = Some(self.oldest.map_or(terms.id, |o| o.min(terms.id)));
-            }
-            None => {}
-        }
-        self.dues.push((terms.id, terms.created_at, dues));
-    }
-
-    /// Keeps the `Dead` table in step with a record: a pure function of what it was and what it becomes.
-    fn note_dead(&mut self, before: &Payment, after: &Payment) {
-        let key = *after.terms.id.bytes();
-        match (before.has_dead(), after.has_dead()) {
-            (false, true) => self.batch.put(Table::Dead, key, []),
-            (true, false) => self.batch.delete(Table::Dead, key),
-            (false, false) | (true, true) => {}
-        }
-    }
-}
-
 fn key_of(change: Option<&Change>, reply: Option<&Reply>) -> Option<(Idempotency, Timestamp)> {
     match (change, reply) {
         (_, Some(reply)) => Some((reply.idempotency, reply.at)),
@@ -546,65 +455,6 @@ impl Drop for AbortOnPanic {
             std::process::abort();
         }
     }
-}
-
-/// Where the scan at start begins, and what it need not count: as last stored.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct Marks {
-    /// Every older payment is settled, or has an entry in `Due`.
-    pub payment: Option<PaymentId>,
-    /// `Due` has no entry before this.
-    pub due: Timestamp,
-    /// The newest payment ever stored.
-    pub newest: Option<PaymentId>,
-    /// Of every older payment, what is derived from it is in its tables.
-    pub derived: Option<PaymentId>,
-}
-
-impl Marks {
-    /// Whether what is about to be stored lies before a mark, so that the mark must move back in the
-    /// same commit: an id may be older than its commit.
-    fn note(&mut self, stage: &Stage) -> bool {
-        self.newest = self.newest.max(stage.newest);
-        let before_payment = match (stage.oldest, self.payment) {
-            (Some(oldest), Some(mark)) => oldest < mark,
-            (Some(_), None) | (None, _) => false,
-        };
-        let before_derived =
-            stage.derived.iter().any(|new| self.derived.is_some_and(|mark| new.id < mark));
-        before_payment || before_derived || stage.nearest_entry.is_some_and(|at| at < self.due)
-    }
-
-    fn stage(&mut self, stage: &mut Stage, floors: Floors, tail: Option<PaymentId>, payments: u64) {
-        let open = [floors.payment, stage.oldest].into_iter().flatten().min();
-        // Where nothing is open, everything up to the newest payment is settled.
-        self.payment = open.or(self.newest);
-        self.due = stage.nearest_entry.map_or(floors.due, |at| at.min(floors.due));
-        if let Some(floor) = self.payment {
-            stage.batch.put(Table::Meta, meta::FLOOR, floor.bytes());
-        }
-        let staged = stage.derived.iter().map(|new| new.id);
-        self.derived = staged.chain(tail).min().or(self.newest);
-        if let Some(derived) = self.derived {
-            stage.batch.put(Table::Meta, meta::DERIVED, derived.bytes());
-        }
-        stage.batch.put(Table::Meta, meta::DUE_FLOOR, self.due.ms().max(0).to_be_bytes());
-        if let Some(newest) = self.newest {
-            let counted = [newest.bytes().as_slice(), &payments.to_be_bytes()].concat();
-            stage.batch.put(Table::Meta, meta::COUNTED, counted);
-        }
-    }
-}
-
-/// Keys of the `Meta` table.
-pub mod meta {
-    pub const SECRET: &[u8; 6] = b"secret";
-    pub const SEQUENCE: &[u8; 8] = b"sequence";
-    pub const FLOOR: &[u8; 5] = b"floor";
-    pub const DUE_FLOOR: &[u8; 9] = b"due_floor";
-    pub const COUNTED: &[u8; 7] = b"counted";
-    pub const DERIVED: &[u8; 7] = b"derived";
-    pub const HORIZON: &[u8; 7] = b"horizon";
 }
 
 #[cfg(test)]
