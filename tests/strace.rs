@@ -1,11 +1,16 @@
 //! A skipped sync survives every `kill -9`, because the page cache does: so the order of system calls is
-//! looked at. Between a create's arrival and its reply, what it stored is written and synced.
+//! looked at. Between a create's arrival and its reply, what it stored is written and synced; and what is
+//! derived from it is synced in its table before the mark passes it.
 
 mod support;
 
 use std::{collections::HashMap, io::Write, path::Path, process::Command, time::Duration};
 
-use payment_sim::api::pb::{common::v1::Money, payment::v1::CreatePaymentIntentRequest};
+use payment_sim::{
+    api::pb::{common::v1::Money, payment::v1::CreatePaymentIntentRequest},
+    clock::Stopwatch,
+    domain::ids::PaymentId,
+};
 use support::{client, process::Launch, setting};
 
 const CREATES: usize = 20;
@@ -58,6 +63,90 @@ async fn a_create_is_synced_before_it_is_answered() {
             panic!("{}: {why}; the trace is kept in {}", probe.asked, kept.display());
         }
     }
+}
+
+/// Keys and lists are in no commit: where a start derives them again from is what keeps them.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_is_derived_is_synced_before_the_mark_moves_past_it() {
+    if !can_trace() {
+        assert!(setting("CI").is_none(), "CI must be able to run strace");
+        let _ = writeln!(std::io::stderr(), "skipped: strace is missing, or may not trace");
+        return;
+    }
+    let folder = tempfile::tempdir().expect("a folder");
+    let trace = folder.path().join("trace");
+    let trace_text = trace.to_str().expect("UTF-8");
+    // -x: in hex where it is not all text, since ids are bytes.
+    let strace = ["strace", "-f", "-y", "-x", "-s", "65536", "-e", CALLS, "-o", trace_text];
+    let launch = Launch::new(folder.path()).with("EVENT_SINK", "none").under(&strace);
+    let mut service = launch.start();
+    service.ready(READY_WITHIN).await.expect("a service under strace");
+    let mut client = client(launch.grpc_port);
+    let mut ids = Vec::new();
+    let watch = Stopwatch::start();
+    loop {
+        let request = CreatePaymentIntentRequest {
+            reservation_id: format!("strace-{}", ids.len()),
+            user_id: "strace".to_owned(),
+            amount: Some(Money { amount: 1, currency: "KRW".to_owned() }),
+            idempotency_key: format!("key-{}", ids.len()),
+            ..Default::default()
+        };
+        let reply = client.create_payment_intent(request).await.expect("a create").into_inner();
+        ids.push(PaymentId::parse(&reply.payment_intent_id).expect("an id"));
+        let text = std::fs::read_to_string(&trace).expect("a trace");
+        let passed = marks(&calls(&text)).iter().any(|(_, mark)| *mark > ids[0]);
+        if passed {
+            break;
+        }
+        assert!(watch.elapsed() < READY_WITHIN, "the mark never moves");
+        tokio::time::sleep(Duration::from_millis(200)).await;
+    }
+    service.kill();
+    let text = std::fs::read_to_string(&trace).expect("a trace");
+    let calls = calls(&text);
+    for (mark_began, mark) in marks(&calls) {
+        for id in ids.iter().filter(|id| **id < mark) {
+            let what = synced_in_tables(&calls, *id, mark_began);
+            assert_eq!(what, (true, true), "key and list of {id:?} before the mark {mark:?}");
+        }
+    }
+}
+
+/// The marks in the order in which they were written to the journal, and when that began.
+fn marks(calls: &[Call]) -> Vec<(usize, PaymentId)> {
+    let name = hex(b"derived");
+    let in_journal = calls.iter().filter(|call| call.is(&WRITES) && call.path().ends_with(".jnl"));
+    let mark = |call: &Call| {
+        let (_, rest) = call.text.rsplit_once(&name)?;
+        let digits: String = rest.split("\\x").skip(1).take(16).map(|byte| &byte[..2]).collect();
+        let mut id = [0; 16];
+        hex::decode_to_slice(digits, &mut id).ok()?;
+        Some((call.began, PaymentId::from_bytes(id)))
+    };
+    in_journal.filter_map(mark).collect()
+}
+
+/// Whether a payment's key, and whether its place in lists, was written to a table and synced there before
+/// that line of the trace. A key holds the id, a place the id with its bits turned over.
+fn synced_in_tables(calls: &[Call], id: PaymentId, before: usize) -> (bool, bool) {
+    let is_synced = |bytes: &[u8]| {
+        let text = hex(bytes);
+        let tables =
+            calls.iter().filter(|call| call.is(&WRITES) && call.path().contains("/tables/"));
+        tables.filter(|call| call.text.contains(&text)).any(|write| {
+            let sync_of_it = |call: &&Call| call.is(&SYNCS) && call.path() == write.path();
+            calls
+                .iter()
+                .filter(sync_of_it)
+                .any(|sync| sync.began > write.ended && sync.ended < before && sync.result >= 0)
+        })
+    };
+    (is_synced(id.bytes()), is_synced(&id.bytes().map(|byte| !byte)))
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("\\x{byte:02x}")).collect()
 }
 
 fn can_trace() -> bool {

@@ -2,6 +2,7 @@
 //! acknowledged may be lost unseen, and nothing may be acknowledged that is not on the disk.
 
 mod damage;
+mod derived;
 mod failing_disk;
 mod full_disk;
 #[path = "../support/mod.rs"]
