@@ -7,17 +7,21 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
+use serde::{Deserialize, Serialize};
 use tokio::sync::Notify;
 
 use super::{Backlog, Work};
 use crate::domain::{delivery::Channel, ids::PaymentId, payment::Payment, time::Timestamp};
 
 /// A payment that waits longer than this after its creation has an entry in the `Due` table and is
-/// not looked for by the scan at start.
-pub const SCAN_WINDOW_MS: u64 = 60_000;
+/// not looked for by the scan at start. The usual ones are over by then; of the others memory holds no
+/// more than what falls due next.
+pub const SCAN_WINDOW_MS: u64 = 5_000;
+/// Entries of `Due` are read so long before the first of them is due.
+const READ_AHEAD_MS: u64 = 1_000;
 
 /// When each kind of work of a payment is due.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Dues([Option<Timestamp>; Work::ALL.len()]);
 
 impl Dues {
@@ -112,12 +116,13 @@ impl Book {
         self.pages().open.len()
     }
 
-    /// Takes note of payments as they are now stored.
-    pub fn note(&self, payments: impl IntoIterator<Item = (PaymentId, Timestamp, Dues)>) {
+    /// Takes note of payments as they are now stored: what each waits for, and the time under which it
+    /// stands in `Due`, if it does.
+    pub fn note(&self, payments: impl IntoIterator<Item = (PaymentId, Dues, Option<Timestamp>)>) {
         let mut pages = self.pages();
         let mut nearer = [false; Work::ALL.len()];
-        for (id, created_at, dues) in payments {
-            pages.note(id, dues, dues.entry(created_at), &mut nearer);
+        for (id, dues, entry) in payments {
+            pages.note(id, dues, entry, &mut nearer);
         }
         drop(pages);
         for (notify, nearer) in self.changed.iter().zip(nearer) {
@@ -148,7 +153,7 @@ impl Book {
     /// The range of `Due` to read before leasing up to `until`, when there is one.
     pub fn unread(&self, until: Timestamp) -> Option<(Timestamp, Timestamp)> {
         let pages = self.pages();
-        (until >= pages.read_until).then(|| (pages.read_until, until.plus_ms(SCAN_WINDOW_MS)))
+        (until >= pages.read_until).then(|| (pages.read_until, until.plus_ms(READ_AHEAD_MS)))
     }
 
     pub fn has_read(&self, until: Timestamp) {
@@ -301,14 +306,16 @@ mod tests {
         Timestamp::from_ms(ms)
     }
 
-    fn wake(ms: i64) -> Dues {
-        Dues([Some(at(ms)), None, None, None])
+    /// Of a payment that was created at 1,000.
+    fn wake(n: u128, ms: i64) -> (PaymentId, Dues, Option<Timestamp>) {
+        let dues = Dues([Some(at(ms)), None, None, None]);
+        (id(n), dues, dues.entry(at(1_000)))
     }
 
     #[test]
     fn due_work_is_leased_once_and_comes_back_when_released() {
         let book = Arc::new(Book::new(at(100_000)));
-        book.note([(id(1), at(1_000), wake(2_000)), (id(2), at(1_000), wake(1_500))]);
+        book.note([wake(1, 2_000), wake(2, 1_500)]);
         assert_eq!(book.lease(Work::Wake, at(1_999), 10), [id(2)]);
         assert!(book.lease(Work::Wake, at(1_999), 10).is_empty());
         let owed = Backlog { pending: 2, oldest: Some(at(1_500)) };
@@ -320,26 +327,26 @@ mod tests {
     #[test]
     fn a_change_during_a_lease_counts_after_it() {
         let book = Arc::new(Book::new(at(100_000)));
-        book.note([(id(1), at(1_000), wake(2_000))]);
+        book.note([wake(1, 2_000)]);
         book.lease(Work::Wake, at(2_000), 1);
-        book.note([(id(1), at(1_000), wake(3_000))]);
+        book.note([wake(1, 3_000)]);
         assert!(book.lease(Work::Wake, at(9_000), 1).is_empty(), "still leased");
         Releases::release(&*book, Work::Wake, id(1), None);
         assert_eq!(book.next_due(Work::Wake), Some(at(3_000)));
-        book.note([(id(1), at(1_000), Dues::default())]);
+        book.note([(id(1), Dues::default(), None)]);
         assert_eq!((book.open(), book.backlog(Work::Wake).pending), (0, 0));
     }
 
     #[test]
     fn what_waits_long_leaves_memory_and_moves_no_floor() {
         let book = Book::new(at(100_000));
-        book.note([(id(1), at(1_000), wake(500_000)), (id(2), at(1_000), wake(2_000))]);
+        book.note([wake(1, 500_000), wake(2, 2_000)]);
         assert_eq!(book.open(), 1);
         assert_eq!(book.floors(), Floors { payment: Some(id(2)), due: at(100_000) });
         assert_eq!(book.unread(at(99_999)), None);
-        assert_eq!(book.unread(at(500_000)), Some((at(100_000), at(560_000))));
-        book.has_read(at(560_000));
-        book.note([(id(1), at(1_000), wake(500_000))]);
+        assert_eq!(book.unread(at(500_000)), Some((at(100_000), at(501_000))));
+        book.has_read(at(501_000));
+        book.note([wake(1, 500_000)]);
         assert_eq!(book.floors(), Floors { payment: Some(id(2)), due: at(500_000) });
         assert_eq!(book.lease(Work::Wake, at(500_000), 9), [id(2), id(1)]);
     }
@@ -347,7 +354,7 @@ mod tests {
     #[test]
     fn work_put_off_is_not_leased_before() {
         let book = Arc::new(Book::new(at(100_000)));
-        book.note([(id(1), at(1_000), wake(2_000))]);
+        book.note([wake(1, 2_000)]);
         book.lease(Work::Wake, at(2_000), 1);
         Lease::new(id(1), Work::Wake, Arc::clone(&book) as Arc<dyn Releases>).put_off(at(4_000));
         assert!(book.lease(Work::Wake, at(3_999), 1).is_empty());

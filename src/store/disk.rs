@@ -114,7 +114,9 @@ fn options(table: Table) -> KeyspaceCreateOptions {
 }
 
 /// By the keyspace's name, what drops entries of its when files are merged.
-fn droppers(horizon: &Arc<Horizon>) -> Arc<dyn Fn(&str) -> Option<Arc<dyn Factory>> + Send + Sync> {
+type Droppers = Arc<dyn Fn(&str) -> Option<Arc<dyn Factory>> + Send + Sync>;
+
+fn droppers(horizon: &Arc<Horizon>) -> Droppers {
     let horizon = Arc::clone(horizon);
     Arc::new(move |name| {
         let table = DROPPED.into_iter().find(|table| table.name() == name)?;

@@ -74,7 +74,7 @@ impl Embedded {
     ) -> Result<Arc<Self>, OpenError> {
         let Options { retention, clock, on_commit, on_dropped_early } = options;
         let now = Timestamp::from_ms(clock.now_ms());
-        let opened = recover(&*tables, &horizon, now)
+        let mut opened = recover(&*tables, &horizon, now)
             .map_err(|why| OpenError::Corrupt { path: path.to_owned(), why })?;
         let shared = Arc::new(Shared {
             book: Arc::new(Book::new(opened.marks.due)),
@@ -100,6 +100,10 @@ impl Embedded {
                 _ => "some of what is stored cannot be read".to_owned(),
             },
         };
+        let marks = &mut opened.marks;
+        if marks.derived.is_none() {
+            marks.derived = Some(shared.upgrade(marks.payment, marks.newest).map_err(corrupt)?);
+        }
         shared.refill_tail(opened.marks.derived).map_err(corrupt)?;
         shared.rebuild(opened.marks.payment).map_err(corrupt)?;
         if let Some((from, to)) = shared.book.unread(now) {
@@ -180,11 +184,7 @@ fn recover(tables: &dyn Tables, horizon: &Horizon, now: Timestamp) -> Result<Ope
     horizon.moved(id(meta::HORIZON)?, &kept, &[]);
     let (payments, newest) = count(tables)?;
     let due = number(meta::DUE_FLOOR)?.map_or(now, |ms| Timestamp::from_ms(ms.cast_signed()));
-    let derived = match id(meta::DERIVED)? {
-        None => Some(derived_so_far(tables, newest)?),
-        known => known,
-    };
-    let marks = Marks { payment: id(meta::FLOOR)?, due, newest, derived };
+    let marks = Marks { payment: id(meta::FLOOR)?, due, newest, derived: id(meta::DERIVED)? };
     Ok(Opened { secret, sequence, payments, marks })
 }
 
@@ -195,16 +195,6 @@ fn make_secret(tables: &dyn Tables) -> Result<StoreSecret, String> {
     batch.put(Table::Meta, meta::SECRET, bytes);
     tables.write(&batch).map_err(|error| error.to_string())?;
     Ok(StoreSecret::new(bytes))
-}
-
-/// In the first format what is derived was in the commits, so that it is all there. Noted before anything
-/// else is written, because from then on it is not.
-fn derived_so_far(tables: &dyn Tables, newest: Option<PaymentId>) -> Result<PaymentId, String> {
-    let mark = newest.unwrap_or_default();
-    let mut batch = Batch::default();
-    batch.put(Table::Meta, meta::DERIVED, mark.bytes());
-    tables.write(&batch).map_err(|error| error.to_string())?;
-    Ok(mark)
 }
 
 /// Payments below the horizon that stay.

@@ -7,6 +7,7 @@ use serde::{Serialize, de::DeserializeOwned};
 
 use super::{
     Revision, StoreError, Versioned,
+    book::Dues,
     tables::{Span, Table},
 };
 use crate::domain::{
@@ -61,6 +62,15 @@ pub fn terms(terms: &Terms, bytes: &mut Vec<u8>) {
 
 pub fn progress(revision: Revision, progress: &Progress, bytes: &mut Vec<u8>) {
     encode(&(revision.0, progress), bytes);
+}
+
+/// What a payment in `Due` waits for.
+pub fn dues(dues: &Dues, bytes: &mut Vec<u8>) {
+    encode(dues, bytes);
+}
+
+pub fn read_dues(record: &[u8]) -> Result<Dues, StoreError> {
+    decode(record, "due")
 }
 
 /// The revision of a `State` entry; the rest is not looked at.

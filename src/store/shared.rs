@@ -15,14 +15,15 @@ use super::{
     Health, OnCommit, Remembered, StoreError, Versioned,
     book::{Book, Dues},
     horizon::Horizon,
+    marks::meta,
     open::OpenPayments,
     record,
-    tables::{Span, Table, Tables, TablesError, Visit},
+    tables::{Batch, Span, Table, Tables, TablesError, Visit},
     tail::{Derived, Names, Tail},
 };
 use crate::domain::{
     ids::{KeyHash, PaymentId, StoreSecret},
-    payment::Terms,
+    payment::{Payment, Terms},
     time::Timestamp,
 };
 
@@ -189,6 +190,44 @@ impl Shared {
 
     /// Fills the book from a scan of the payments that may be open.
     pub fn rebuild(&self, floor: Option<PaymentId>) -> Result<(), StoreError> {
+        self.open_since(floor, &mut |payment| {
+            let dues = Dues::of(payment);
+            let entry = dues.entry(payment.terms.created_at);
+            self.book.note([(payment.terms.id, dues, entry)]);
+        })
+    }
+
+    /// What the first format lacks, in one batch: entries in `Due` of payments that wait longer than the
+    /// scan window, which was a minute then; and that of all payments so far what is derived is there,
+    /// because it was in the commits.
+    pub fn upgrade(
+        &self,
+        floor: Option<PaymentId>,
+        newest: Option<PaymentId>,
+    ) -> Result<PaymentId, StoreError> {
+        let mut batch = Batch::default();
+        self.open_since(floor, &mut |payment| {
+            let dues = Dues::of(payment);
+            if let Some(at) = dues.entry(payment.terms.created_at) {
+                let key = record::timed_key(at, payment.terms.id.bytes());
+                batch.put_with(Table::Due, key, |bytes| record::dues(&dues, bytes));
+            }
+        })?;
+        let derived = newest.unwrap_or_default();
+        batch.put(Table::Meta, meta::DERIVED, derived.bytes());
+        self.tables.write(&batch).map_err(|error| {
+            tracing::error!(%error, "the store could not be brought to this format");
+            StoreError::Unavailable
+        })?;
+        Ok(derived)
+    }
+
+    /// Sees every payment from the floor on that waits for something.
+    fn open_since(
+        &self,
+        floor: Option<PaymentId>,
+        see: &mut dyn FnMut(&Payment),
+    ) -> Result<(), StoreError> {
         let from = floor.map_or(Bound::Unbounded, |id| Bound::Included(id.bytes().to_vec()));
         let mut problem = None;
         let span = Span::forwards(from, Bound::Unbounded);
@@ -199,9 +238,8 @@ impl Shared {
             let state = self.read(Table::State, key);
             match state.and_then(|state| record::payment(terms, state.as_deref())) {
                 Ok(Versioned { payment, .. }) => {
-                    let dues = Dues::of(&payment);
-                    if dues.earliest().is_some() {
-                        self.book.note([(payment.terms.id, payment.terms.created_at, dues)]);
+                    if Dues::of(&payment).earliest().is_some() {
+                        see(&payment);
                     }
                     ControlFlow::Continue(())
                 }
@@ -219,17 +257,21 @@ impl Shared {
         let key = |at| record::timed_key(at, &[0; 16]).to_vec();
         let span = Span::forwards(Bound::Included(key(from)), Bound::Excluded(key(to.plus_ms(1))));
         let mut entries = Vec::new();
-        self.scan(Table::Due, span, &mut |key, _| {
-            entries.push(record::read_timed_key(key));
+        self.scan(Table::Due, span, &mut |key, dues| {
+            entries.push((record::read_timed_key(key), dues.to_vec()));
             ControlFlow::Continue(())
         })?;
         // All of it is read before the book hears of any: after an error it is asked for again.
         let mut found = Vec::with_capacity(entries.len());
-        for entry in entries {
-            let (_, id) = entry?;
-            if let Some(Versioned { payment, .. }) = self.get(PaymentId::from_bytes(id))? {
-                found.push((payment.terms.id, payment.terms.created_at, Dues::of(&payment)));
-            }
+        for (key, dues) in entries {
+            let (at, id) = key?;
+            let id = PaymentId::from_bytes(id);
+            let dues = match dues.as_slice() {
+                // Of the first format: what it waits for is in the payment alone.
+                [] => self.get(id)?.map(|stored| Dues::of(&stored.payment)),
+                record => Some(record::read_dues(record)?),
+            };
+            found.extend(dues.map(|dues| (id, dues, Some(at))));
         }
         self.book.has_read(to);
         self.book.note(found);

@@ -22,7 +22,7 @@ pub struct Stage {
     pub batch: Batch,
     pub revisions: FxHashMap<PaymentId, Revision>,
     pub keys: FxHashMap<KeyHash, Remembered>,
-    pub dues: Vec<(PaymentId, Timestamp, Dues)>,
+    pub dues: Vec<(PaymentId, Dues, Option<Timestamp>)>,
     /// Payments that wait for something, as they will be stored, and those that do not any more.
     pub waiting: Vec<Versioned>,
     pub done: Vec<PaymentId>,
@@ -74,17 +74,17 @@ impl Stage {
 
     /// A payment as it is to be stored: keeps the `Due` table in step, and remembers what the drivers must
     /// know after.
-    pub fn note(&mut self, stored: Versioned, entry_before: Option<Timestamp>) {
+    pub fn note(&mut self, stored: Versioned, before: Option<&Payment>) {
         let (id, created_at) = (stored.payment.terms.id, stored.payment.terms.created_at);
         let dues = Dues::of(&stored.payment);
-        let entry = dues.entry(created_at);
-        if entry != entry_before {
-            if let Some(at) = entry_before {
-                self.batch.delete(Table::Due, record::timed_key(at, id.bytes()));
-            }
-            if let Some(at) = entry {
-                self.batch.put(Table::Due, record::timed_key(at, id.bytes()), []);
-            }
+        let dues_before = before.map(Dues::of).unwrap_or_default();
+        let (entry, entry_before) = (dues.entry(created_at), dues_before.entry(created_at));
+        if let Some(at) = entry_before.filter(|_| entry != entry_before) {
+            self.batch.delete(Table::Due, record::timed_key(at, id.bytes()));
+        }
+        if let Some(at) = entry.filter(|_| dues != dues_before) {
+            let key = record::timed_key(at, id.bytes());
+            self.batch.put_with(Table::Due, key, |bytes| record::dues(&dues, bytes));
         }
         let waits_in_memory = entry.is_none() && dues.earliest().is_some();
         match entry {
@@ -92,7 +92,7 @@ impl Stage {
             None if waits_in_memory => self.oldest = Some(self.oldest.map_or(id, |o| o.min(id))),
             None => {}
         }
-        self.dues.push((id, created_at, dues));
+        self.dues.push((id, dues, entry));
         self.revisions.insert(id, stored.revision);
         if waits_in_memory {
             self.waiting.push(stored);

@@ -19,7 +19,7 @@ pub enum Table {
     Reply,
     /// When a reply lapses, its key → nothing.
     Lapse,
-    /// Due time, payment id → nothing, for payments that wait longer than the scan window.
+    /// Due time, payment id → what it waits for, for payments that wait longer than the scan window.
     Due,
     /// Payment id → nothing, for payments with a dead delivery.
     Dead,

@@ -13,7 +13,6 @@ use tokio::sync::{mpsc, oneshot};
 
 use super::{
     Change, Commit, Committed, Health, Remembered, Reply, Revision, StoreError, Versioned,
-    book::Dues,
     marks::{Marks, meta},
     record,
     shared::Shared,
@@ -317,8 +316,7 @@ impl Writer {
             watched.insert(id);
         }
         stage.note_dead(&before.payment, &after);
-        let entry_before = Dues::of(&before.payment).entry(after.terms.created_at);
-        stage.note(Versioned { payment: after, revision }, entry_before);
+        stage.note(Versioned { payment: after, revision }, Some(&before.payment));
         Ok(revision)
     }
 
