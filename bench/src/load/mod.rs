@@ -267,8 +267,12 @@ mod tests {
         Reset,
     }
 
-    /// Serves one connection until it is closed; the task ends with the set.
-    async fn server(answers: &'static [Answer], tasks: &mut JoinSet<()>) -> SocketAddr {
+    /// Serves one connection until it is closed, at first after a while; the task ends with the set.
+    async fn server(
+        answers: &'static [Answer],
+        mut stall: Duration,
+        tasks: &mut JoinSet<()>,
+    ) -> SocketAddr {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         tasks.spawn(async move {
@@ -276,6 +280,7 @@ mod tests {
             let mut connection = h2::server::handshake(stream).await.unwrap();
             let mut answers = answers.iter().cycle();
             while let Some(Ok((_, reply))) = connection.accept().await {
+                time::sleep(std::mem::take(&mut stall)).await;
                 answer(*answers.next().unwrap(), reply);
             }
         });
@@ -314,24 +319,34 @@ mod tests {
         }
     }
 
-    fn run(answers: &'static [Answer]) -> Report {
+    fn run(answers: &'static [Answer], stall: Duration) -> Report {
         let runtime = tokio::runtime::Runtime::new().unwrap();
         let mut tasks = JoinSet::new();
-        let target = runtime.block_on(server(answers, &mut tasks));
+        let target = runtime.block_on(server(answers, stall, &mut tasks));
         load().run(target).unwrap()
     }
 
     #[test]
     fn a_constant_rate_is_called_in_full() {
-        let report = run(&[Answer::Status("0")]);
+        let report = run(&[Answer::Status("0")], Duration::ZERO);
         assert_eq!((report.answered, report.failed), (100, 0));
         assert!(report.is_valid());
     }
 
     #[test]
+    fn a_stall_is_charged_with_all_the_calls_that_it_held_up() {
+        let report = run(&[Answer::Status("0")], 3 * load().duration);
+        // All should have begun in the first of three tenths of a second; only three could.
+        let fastest_ms = report.latency_ms(0.0);
+        assert!(fastest_ms >= 199.0 && report.stall_ms >= 299.0, "{fastest_ms}");
+        assert!(report.held_up_share() > 0.9);
+    }
+
+    #[test]
     fn whatever_is_not_ok_has_failed() {
         use Answer::{NoStatus, Refusal, Reset, Status};
-        let report = run(&[Status("0"), Status("8"), Refusal("14"), NoStatus, Reset]);
+        let answers = &[Status("0"), Status("8"), Refusal("14"), NoStatus, Reset];
+        let report = run(answers, Duration::ZERO);
         assert_eq!((report.answered, report.failed), (100, 80));
         assert!(!report.is_valid());
     }
