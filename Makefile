@@ -39,6 +39,7 @@ build: ## release build into bin/
 .PHONY: test
 test: ## every test, with a short crash test; sets up .venv and .tools itself
 	$(WITH_TOOLS) cargo test --locked
+	cargo test --locked --lib --manifest-path $(BENCH) --target-dir $(TARGET_DIR)
 	CRASH_CYCLES=3 $(WITH_TOOLS) cargo test --locked --features faults --test crash
 	cargo build --locked
 	PAYMENT_SIM_BIN=$(TARGET_DIR)/debug/payment-sim $(WITH_TOOLS) sh -c 'if [ -n "$$PAYMENT_SIM_VENV" ]; then python -m pytest tests/py; else echo "skipped: tests/py, there is no .venv"; fi'
@@ -61,26 +62,49 @@ crash-test: ## kill -9 under load in CYCLES=24 cycles, receivers and queue dying
 	CRASH_CYCLES=$(CYCLES) cargo test --locked --release --features faults --test crash -- --nocapture
 
 .PHONY: bench
-bench: bench-store bench-footprint bench-webhooks ## the three benchmarks below
+bench: bench-store bench-footprint bench-webhooks bench-requests ## the benchmarks below
+
+.PHONY: bench-requests
+bench-requests: bench-creates bench-creates-memory bench-gets bench-open-loop ## what calls cost: the four of them
+
+# What is measured, and beside it in one folder all that measures.
+.PHONY: bench-build
+bench-build:
+	cargo build --locked --release --bin payment-sim --target-dir $(TARGET_DIR)
+	cargo build --locked --release --bins --manifest-path $(BENCH) --target-dir $(TARGET_DIR)
 
 .PHONY: bench-store
-bench-store: ## whole payments a second through the store alone
-	cargo run --release --locked --manifest-path $(BENCH) --target-dir $(TARGET_DIR) --bin store
+bench-store: bench-build ## whole payments a second through the store alone
+	$(TARGET_DIR)/release/store $(ARGS)
 
 .PHONY: bench-footprint
-bench-footprint: ## memory and start-up time with 5 million payments stored
-	cargo build --locked --release --bin payment-sim --target-dir $(TARGET_DIR)
-	cargo run --release --locked --manifest-path $(BENCH) --target-dir $(TARGET_DIR) --bin footprint
+bench-footprint: bench-build ## memory and start-up time with 5 million payments stored
+	$(TARGET_DIR)/release/footprint $(ARGS)
 
 .PHONY: bench-webhooks
-bench-webhooks: ## what receivers that hang, drip or reset cost a good one
-	cargo build --locked --release --bin payment-sim --target-dir $(TARGET_DIR)
-	cargo run --release --locked --manifest-path $(BENCH) --target-dir $(TARGET_DIR) --bin webhooks
+bench-webhooks: bench-build ## what receivers that hang, drip or reset cost a good one
+	$(TARGET_DIR)/release/webhooks $(ARGS)
+
+.PHONY: bench-creates
+bench-creates: bench-build ## durable creates a second ÷ a bare tonic echo's, over 60 s
+	$(TARGET_DIR)/release/creates $(ARGS)
+
+.PHONY: bench-creates-memory
+bench-creates-memory: bench-build ## the same with nothing on the disk, 5 pairs of 10 s
+	$(TARGET_DIR)/release/creates store=memory $(ARGS)
+
+.PHONY: bench-gets
+bench-gets: bench-build ## reads a second among 5 million payments ÷ an echo of the same bytes
+	$(TARGET_DIR)/release/gets $(ARGS)
+
+.PHONY: bench-open-loop
+bench-open-loop: bench-build ## latency at 30,000 creates a second, without coordinated omission
+	$(TARGET_DIR)/release/open_loop $(ARGS)
 
 # The two commands of the first system's README, to the letter.
 .PHONY: perf-test
 perf-test: export PATH := $(CURDIR)/.tools/bin:$(PATH)
-perf-test: dev-deps ## ghz against a running service: 1,000 creates, then 30 s of load
+perf-test: dev-deps ## ghz against a running service: 1,000 creates, then 30 s of load; h2load on its pages
 	@command -v ghz >/dev/null || { echo 'perf-test needs ghz, which `make dev-deps` installs where Go is' >&2; exit 1; }
 	@curl -fsS -o /dev/null http://localhost:$(OPS_PORT)/readyz || { echo 'no service is ready on port $(OPS_PORT): start one with `make run`' >&2; exit 1; }
 	ghz --insecure --proto proto/payment/v1/payment.proto \
@@ -91,6 +115,10 @@ perf-test: dev-deps ## ghz against a running service: 1,000 creates, then 30 s o
 	  --call payment.v1.PaymentService.CreatePaymentIntent \
 	  -d '{"reservation_id":"load-test","user_id":"user-load","amount":{"amount":50000,"currency":"KRW"},"scenario":"random"}' \
 	  -c 50 -z 30s localhost:$(GRPC_PORT)
+	@if command -v h2load >/dev/null; then set -x; \
+	  h2load --h1 -c 10 -n 20000 http://localhost:$(OPS_PORT)/health; \
+	  h2load --h1 -c 10 -n 2000 http://localhost:$(OPS_PORT)/metrics; \
+	else echo 'skipped: h2load on /health and /metrics, it is not installed (nghttp2 has it)'; fi
 
 .PHONY: demo-aws
 demo-aws: dev-deps ## payment to reservation on an emulated AWS, seen step by step

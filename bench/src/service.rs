@@ -34,11 +34,14 @@ impl Service {
         binary: &Path,
         settings: &[(&str, &str)],
     ) -> Result<Self, String> {
+        // It is started in another folder than this program.
+        let absolute = |path| std::path::absolute(path).map_err(|error| error.to_string());
+        let (dir, binary) = (absolute(dir)?, absolute(binary)?);
         let (grpc, ops) = (free_port()?, free_port()?);
         let took = Stopwatch::start();
-        let child = Command::new(binary)
+        let child = Command::new(&binary)
             // No settings but these: also none of an .env file's.
-            .current_dir(dir)
+            .current_dir(&dir)
             .env_clear()
             .env("STORE_URL", format!("file:{}", dir.join("data").display()))
             .env("GRPC_PORT", grpc.to_string())
@@ -62,15 +65,23 @@ impl Service {
         Ok(service)
     }
 
+    pub fn address(&self) -> SocketAddr {
+        SocketAddr::from((LOCALHOST, self.grpc))
+    }
+
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
     /// # Errors
     /// Where it no longer listens.
     pub async fn connect(&self) -> Result<Client, String> {
-        Client::connect(SocketAddr::from((LOCALHOST, self.grpc))).await
+        Client::connect(self.address()).await
     }
 
     /// A line of the process's `status` that is in kB, such as `VmRSS`, in MiB.
     pub fn memory_mib(&self, name: &str) -> f64 {
-        gauge::memory_mib(&self.child.id().to_string(), name)
+        gauge::memory_mib(&self.pid().to_string(), name)
     }
 
     /// The metric with exactly this name and these labels.
