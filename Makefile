@@ -54,7 +54,7 @@ lint: ## formatting, clippy, rustdoc, protocol, dependencies, Dockerfile, YAML, 
 	scripts/lint.sh
 
 .PHONY: ci
-ci: dev-deps lint test ## what a change must pass: lint and test (.ci/run calls it)
+ci: dev-deps lint bench-smoke test ## what a change must pass: lint and test (.ci/run calls it)
 
 .PHONY: crash-test
 crash-test: ## kill -9 under load in CYCLES=24 cycles, receivers and queue dying too, with the negative controls
@@ -62,6 +62,10 @@ crash-test: ## kill -9 under load in CYCLES=24 cycles, receivers and queue dying
 
 .PHONY: bench
 bench: bench-store bench-footprint bench-webhooks ## the three benchmarks below
+
+.PHONY: bench-smoke
+bench-smoke: ## allocations a request, against tests/allocations.json (UPDATE=1 writes it anew)
+	cargo test --locked --test allocations -- --nocapture
 
 .PHONY: bench-store
 bench-store: ## whole payments a second through the store alone
