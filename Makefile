@@ -61,25 +61,48 @@ crash-test: ## kill -9 under load in CYCLES=24 cycles, receivers and queue dying
 	CRASH_CYCLES=$(CYCLES) cargo test --locked --release --features faults --test crash -- --nocapture
 
 .PHONY: bench
-bench: bench-store bench-footprint bench-webhooks ## the three benchmarks below
+bench: bench-store bench-footprint bench-webhooks bench-requests ## the benchmarks below
+
+.PHONY: bench-requests
+bench-requests: bench-creates bench-creates-memory bench-gets bench-open-loop ## what calls cost: the four of them
+
+# What is measured, and beside it in one folder all that measures.
+.PHONY: bench-build
+bench-build:
+	cargo build --locked --release --bin payment-sim --target-dir $(TARGET_DIR)
+	cargo build --locked --release --bins --manifest-path $(BENCH) --target-dir $(TARGET_DIR)
 
 .PHONY: bench-smoke
 bench-smoke: ## allocations a request, against tests/allocations.json (UPDATE=1 writes it anew)
 	cargo test --locked --test allocations -- --nocapture
 
 .PHONY: bench-store
-bench-store: ## whole payments a second through the store alone
-	cargo run --release --locked --manifest-path $(BENCH) --target-dir $(TARGET_DIR) --bin store
+bench-store: bench-build ## whole payments a second through the store alone
+	$(TARGET_DIR)/release/store $(ARGS)
 
 .PHONY: bench-footprint
-bench-footprint: ## memory and start-up time with 5 million payments stored
-	cargo build --locked --release --bin payment-sim --target-dir $(TARGET_DIR)
-	cargo run --release --locked --manifest-path $(BENCH) --target-dir $(TARGET_DIR) --bin footprint
+bench-footprint: bench-build ## memory and start-up time with 5 million payments stored
+	$(TARGET_DIR)/release/footprint $(ARGS)
 
 .PHONY: bench-webhooks
-bench-webhooks: ## what receivers that hang, drip or reset cost a good one
-	cargo build --locked --release --bin payment-sim --target-dir $(TARGET_DIR)
-	cargo run --release --locked --manifest-path $(BENCH) --target-dir $(TARGET_DIR) --bin webhooks
+bench-webhooks: bench-build ## what receivers that hang, drip or reset cost a good one
+	$(TARGET_DIR)/release/webhooks $(ARGS)
+
+.PHONY: bench-creates
+bench-creates: bench-build ## durable creates a second ÷ a bare tonic echo's, over 60 s
+	$(TARGET_DIR)/release/creates $(ARGS)
+
+.PHONY: bench-creates-memory
+bench-creates-memory: bench-build ## the same with nothing on the disk, 5 pairs of 10 s
+	$(TARGET_DIR)/release/creates store=memory $(ARGS)
+
+.PHONY: bench-gets
+bench-gets: bench-build ## reads a second among 5 million payments ÷ an echo of the same bytes
+	$(TARGET_DIR)/release/gets $(ARGS)
+
+.PHONY: bench-open-loop
+bench-open-loop: bench-build ## latency at 30,000 creates a second, without coordinated omission
+	$(TARGET_DIR)/release/open_loop $(ARGS)
 
 # The two commands of the first system's README, to the letter.
 .PHONY: perf-test

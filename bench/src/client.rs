@@ -2,7 +2,7 @@
 
 use std::net::SocketAddr;
 
-use bytes::{Bytes, BytesMut};
+use bytes::{BufMut, Bytes, BytesMut};
 use http_body_util::{BodyExt, Full};
 use hyper::client::conn::http2::{SendRequest, handshake};
 use hyper_util::rt::{TokioExecutor, TokioIo};
@@ -40,14 +40,19 @@ impl Client {
         path: &str,
         request: &impl Message,
     ) -> Result<A, String> {
-        let mut body = vec![0; HEAD];
-        let length = u32::try_from(request.encoded_len()).map_err(|error| error.to_string())?;
-        body[1..].copy_from_slice(&length.to_be_bytes());
-        request.encode(&mut body).map_err(|error| error.to_string())?;
+        let reply = self.call_framed(path, framed(request)).await?;
+        A::decode(reply).map_err(|error| error.to_string())
+    }
+
+    /// What came as the message of a reply, undecoded.
+    ///
+    /// # Errors
+    /// A status other than OK, or a reply that is none.
+    pub async fn call_framed(&self, path: &str, request: Bytes) -> Result<Bytes, String> {
         let request = http::Request::post(format!("http://{}{path}", self.address))
             .header("content-type", "application/grpc")
             .header("te", "trailers")
-            .body(Full::from(body))
+            .body(Full::from(request))
             .map_err(|error| error.to_string())?;
         let mut connection = self.connection.clone();
         connection.ready().await.map_err(|error| error.to_string())?;
@@ -64,8 +69,23 @@ impl Client {
                 said("grpc-message")
             ));
         }
-        let bytes = BytesMut::from(body.to_bytes());
-        let message = bytes.get(HEAD..).ok_or("a reply without a message")?;
-        A::decode(message).map_err(|error| error.to_string())
+        let mut message = body.to_bytes();
+        if message.len() < HEAD {
+            return Err("a reply without a message".to_owned());
+        }
+        Ok(message.split_off(HEAD))
     }
+}
+
+/// A message as gRPC sends it, its head before it.
+///
+/// # Panics
+/// Never: no message of ours comes near 4 GiB.
+pub fn framed(message: &impl Message) -> Bytes {
+    let length = message.encoded_len();
+    let mut frame = BytesMut::with_capacity(HEAD + length);
+    frame.put_u8(0);
+    frame.put_u32(length.try_into().expect("messages are smaller than 4 GiB"));
+    message.encode(&mut frame).expect("the buffer grows");
+    frame.freeze()
 }

@@ -21,6 +21,12 @@ pub fn cpu_us() -> BTreeMap<String, f64> {
     used
 }
 
+/// Microseconds of CPU that a process has used, with the threads of it that ended.
+pub fn process_cpu_us(pid: u32) -> f64 {
+    let text = fs::read_to_string(format!("/proc/{pid}/stat"));
+    text.ok().as_deref().and_then(stat).map_or(f64::NAN, |(_, us)| us)
+}
+
 /// Name and CPU time (user and system) of one line of `stat`.
 fn stat(line: &str) -> Option<(&str, f64)> {
     let (head, tail) = line.rsplit_once(')')?;

@@ -1,11 +1,20 @@
 //! What the benchmarks share: payments that are a pure function of their number, the service as a
-//! process of its own, receivers of webhooks, and what the kernel says of a process.
+//! process of its own, the yardstick beside it, load, pairs of the two, receivers of webhooks, and what
+//! the kernel says of a process.
 
 pub mod client;
+pub mod echo;
+pub mod figure;
+pub mod filling;
 pub mod gauge;
+pub mod load;
+pub mod pairs;
 pub mod payments;
 pub mod receiver;
 pub mod service;
+pub mod subject;
+
+use std::process::ExitCode;
 
 /// As the product: the allocator is part of what is measured.
 #[global_allocator]
@@ -35,4 +44,26 @@ pub fn check_arguments(known: &[&str]) -> Result<(), String> {
         }
     }
     Ok(())
+}
+
+/// How a benchmark ends: 0 when what is asked was reached, 1 when not, 2 when it could not be measured.
+pub fn exit_code(result: Result<bool, String>) -> ExitCode {
+    match result {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(problem) => {
+            eprintln!("{problem}");
+            ExitCode::from(2)
+        }
+    }
+}
+
+/// # Panics
+/// Where the system has no room for a runtime.
+pub fn on_a_runtime<T>(task: impl Future<Output = T>) -> T {
+    tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .expect("the machine has room for a runtime")
+        .block_on(task)
 }

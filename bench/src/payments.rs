@@ -12,7 +12,7 @@ use payment_sim::domain::{
     time::Timestamp,
 };
 
-const USERS: u64 = 10_000;
+pub const USERS: u64 = 10_000;
 
 /// Makes payments; `notify_after` is when the webhook of each falls due.
 pub struct Maker {
@@ -38,10 +38,9 @@ impl Maker {
     /// The `n`-th payment, approved and with a webhook to be posted. Ids rise with `n`.
     pub fn payment(&self, n: u64, now: Timestamp) -> Payment {
         let (a, b, c) = (mix(n), mix(n ^ 1 << 62), mix(n ^ 1 << 63));
-        let id = PaymentId::from_parts(now, (u128::from(n) << 24) | u128::from(a >> 40));
         let words = |x: u64, y: u64| ((u128::from(x) << 64) | u128::from(y)).to_be_bytes();
         Payment::create(Arc::new(Terms {
-            id,
+            id: id(n, now),
             reservation_id: uuid(a, b),
             user_id: format!("user-{:07}", mix(n ^ 0x77) % USERS),
             amount: Money { amount: 10_000 + a % 90_000, currency: self.currency },
@@ -71,6 +70,11 @@ impl Maker {
     }
 }
 
+/// The id of the `n`-th payment.
+pub const fn id(n: u64, now: Timestamp) -> PaymentId {
+    PaymentId::from_parts(now, (n as u128) << 24 | (mix(n) >> 40) as u128)
+}
+
 /// The payment once its receiver has answered 200; `None` where nothing is owed.
 pub fn delivered(payment: &Payment, now: Timestamp) -> Option<Payment> {
     let attempt = Attempt { at: now, http_status: Some(200), latency_ms: 3, error: None };
@@ -93,7 +97,7 @@ pub const fn mix(n: u64) -> u64 {
     n ^ (n >> 31)
 }
 
-fn uuid(a: u64, b: u64) -> String {
+pub fn uuid(a: u64, b: u64) -> String {
     format!(
         "{:08x}-{:04x}-{:04x}-{:04x}-{:012x}",
         a >> 32,

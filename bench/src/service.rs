@@ -62,15 +62,23 @@ impl Service {
         Ok(service)
     }
 
+    pub fn address(&self) -> SocketAddr {
+        SocketAddr::from((LOCALHOST, self.grpc))
+    }
+
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
     /// # Errors
     /// Where it no longer listens.
     pub async fn connect(&self) -> Result<Client, String> {
-        Client::connect(SocketAddr::from((LOCALHOST, self.grpc))).await
+        Client::connect(self.address()).await
     }
 
     /// A line of the process's `status` that is in kB, such as `VmRSS`, in MiB.
     pub fn memory_mib(&self, name: &str) -> f64 {
-        gauge::memory_mib(&self.child.id().to_string(), name)
+        gauge::memory_mib(&self.pid().to_string(), name)
     }
 
     /// The metric with exactly this name and these labels.

@@ -1,0 +1,48 @@
+//! Reads of random stored payments a second ÷ those of a bare echo that answers one of them.
+//!
+//! `payments=5000000 pairs=5 seconds=10 connections=50 streams=10 threads=CORES dir=PATH binary=PATH`;
+//! exit code 1 when the ratio is less than what is asked. What was stored in `dir` stays there for the next
+//! run.
+
+use std::{path::PathBuf, process::ExitCode};
+
+use bench::{
+    argument, check_arguments,
+    echo::Echo,
+    exit_code,
+    filling::Filling,
+    load::{Kind, Load},
+    on_a_runtime,
+    pairs::Pairs,
+    subject::Subject,
+};
+
+fn main() -> ExitCode {
+    exit_code(run())
+}
+
+fn run() -> Result<bool, String> {
+    check_arguments(&[
+        "payments",
+        "pairs",
+        "seconds",
+        "connections",
+        "streams",
+        "threads",
+        "dir",
+        "binary",
+    ])?;
+    let subject = Subject::from_arguments(&[])?;
+    let given: String = argument("dir", String::new())?;
+    let folder = match given.as_str() {
+        "" => subject.scratch().join("stored"),
+        given => PathBuf::from(given).join("stored"),
+    };
+    let filling = on_a_runtime(Filling::fill(&folder, argument("payments", 5_000_000)?, 0))?;
+    let subject = subject.serving(folder);
+    let load = Load::from_arguments(Kind::Get(filling), 10, 10)?;
+    let reply = subject.reply(&load.calls)?;
+    let calls = load.calls;
+    let pairs = Pairs { name: "gets", least: 0.70, pairs: argument("pairs", 5)?, load };
+    pairs.measure(|| Echo::start(&calls, &reply), || subject.service())
+}

@@ -1,0 +1,121 @@
+//! A folder with millions of payments in it, put there through the store alone.
+
+use std::{fs, path::Path, sync::Arc, time::Duration};
+
+use payment_sim::{
+    clock::{Clock, Stopwatch, SystemClock},
+    domain::{ids::PaymentId, payment::Payment, time::Timestamp},
+    store::{
+        self, Change, Commit, Embedded, Location, Options, Retention, Revision, Store, Versioned,
+    },
+};
+use tokio::task::JoinSet;
+
+use crate::payments::{self, Maker, delivered};
+
+/// Payments a commit while filling, and commits under way at a time.
+const BATCH: u64 = 500;
+const FILLING_MAX: usize = 8;
+/// The stored payments were made over this time, the owed ones just now.
+const SPREAD_MS: u64 = 60 * 60 * 1_000;
+/// Due so late that nothing is posted while it is measured, yet in memory from the start.
+const OWED_FOR: Duration = Duration::from_secs(60);
+
+/// What is stored: `settled` payments, made from `since_ms` on, and then those that are owed.
+#[derive(Clone, Copy)]
+pub struct Filling {
+    pub settled: u64,
+    pub owed: u64,
+    since_ms: i64,
+}
+
+impl Filling {
+    /// Fills the folder unless that was done before.
+    ///
+    /// # Errors
+    /// Where the folder holds something else, or the store does not take them.
+    pub async fn fill(dir: &Path, payments: u64, owed: u64) -> Result<Self, String> {
+        let note = dir.join("filled");
+        let settled = payments.checked_sub(owed).ok_or("more are owed than stored")?;
+        let text = format!("{settled} {owed}");
+        if let Ok(found) = fs::read_to_string(&note) {
+            let since_ms = found.strip_prefix(&text).and_then(|ms| ms.trim().parse().ok());
+            let since_ms =
+                since_ms.ok_or_else(|| format!("{} holds other payments", dir.display()))?;
+            println!("{} is filled; what was owed there is overdue", dir.display());
+            return Ok(Self { settled, owed, since_ms });
+        }
+        fs::create_dir_all(dir).map_err(|error| format!("{}: {error}", dir.display()))?;
+        let since_ms = SystemClock.now_ms() - SPREAD_MS.cast_signed();
+        let filling = Self { settled, owed, since_ms };
+        let took = Stopwatch::start();
+        filling.store(dir).await?;
+        println!("stored {payments} payments in {:.0} s", took.elapsed().as_secs_f64());
+        fs::write(&note, format!("{text} {since_ms}\n")).map_err(|error| error.to_string())?;
+        Ok(filling)
+    }
+
+    pub fn made_at(&self, n: u64) -> Timestamp {
+        Timestamp::from_ms(self.since_ms).plus_ms(n * SPREAD_MS / self.settled.max(1))
+    }
+
+    /// The id of the `n`-th settled payment.
+    pub fn id(&self, n: u64) -> PaymentId {
+        payments::id(n, self.made_at(n))
+    }
+
+    async fn store(&self, dir: &Path) -> Result<(), String> {
+        let day = Duration::from_secs(86_400);
+        let options = Options {
+            retention: Retention { payments: 7 * day, idempotency: day, payments_max: None },
+            clock: Arc::new(SystemClock),
+            on_commit: Arc::new(|_, _| {}),
+            on_dropped_early: Arc::new(|_| {}),
+        };
+        let location = Location::Folder(dir.join("data"));
+        let store = store::open(&location, options).map_err(|error| error.to_string())?;
+        let (at_once, later) = (Maker::new(Duration::ZERO), Maker::new(OWED_FOR));
+        let mut answers = JoinSet::new();
+        let mut commits = Vec::new();
+        let all = self.settled + self.owed;
+        for n in 0..all {
+            if n < self.settled {
+                commits.extend(settled(&at_once, n, self.made_at(n))?);
+            } else {
+                let now = Timestamp::from_ms(SystemClock.now_ms());
+                commits.push(created(later.payment(n, now)));
+            }
+            if n % BATCH == BATCH - 1 || n + 1 == all {
+                answers.spawn(commit(Arc::clone(&store), std::mem::take(&mut commits)));
+            }
+            if answers.len() == FILLING_MAX {
+                answers.join_next().await.transpose().map_err(|e| e.to_string())?.transpose()?;
+            }
+        }
+        for answer in answers.join_all().await {
+            answer?;
+        }
+        store.close().await;
+        Ok(())
+    }
+}
+
+fn created(payment: Payment) -> Commit {
+    Commit { change: Some(Change::Create { payment, draw: None }), reply: None }
+}
+
+/// A payment's whole life: its creation, and its webhook delivered.
+fn settled(maker: &Maker, n: u64, at: Timestamp) -> Result<[Commit; 2], String> {
+    let payment = maker.payment(n, at);
+    let after = delivered(&payment, at).ok_or("nothing was owed")?;
+    let before = Versioned { payment: payment.clone(), revision: Revision(0) };
+    let change = Change::Update { before, after };
+    Ok([created(payment), Commit { change: Some(change), reply: None }])
+}
+
+async fn commit(store: Arc<Embedded>, commits: Vec<Commit>) -> Result<(), String> {
+    match store.commit(commits).await.into_iter().find_map(Result::err) {
+        Some(error) => Err(format!("a commit came to {error:?}")),
+        None => Ok(()),
+    }
+}
