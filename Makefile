@@ -61,7 +61,7 @@ crash-test: ## kill -9 under load in CYCLES=24 cycles, receivers and queue dying
 	CRASH_CYCLES=$(CYCLES) cargo test --locked --release --features faults --test crash -- --nocapture
 
 .PHONY: bench
-bench: bench-store bench-footprint bench-webhooks bench-requests ## the benchmarks below
+bench: bench-store bench-footprint bench-webhooks bench-requests bench-delivery ## the benchmarks below
 
 .PHONY: bench-requests
 bench-requests: bench-creates bench-creates-memory bench-gets bench-open-loop ## what calls cost: the four of them
@@ -103,6 +103,21 @@ bench-gets: bench-build ## reads a second among 5 million payments ÷ an echo of
 .PHONY: bench-open-loop
 bench-open-loop: bench-build ## latency at 30,000 creates a second, without coordinated omission
 	$(TARGET_DIR)/release/open_loop $(ARGS)
+
+.PHONY: bench-delivery
+bench-delivery: bench-courier bench-whole bench-lateness ## what deliveries cost: the three of them
+
+.PHONY: bench-courier
+bench-courier: bench-build ## signed webhooks a second ÷ those of bare hyper connections
+	$(TARGET_DIR)/release/courier $(ARGS)
+
+.PHONY: bench-whole
+bench-whole: bench-build ## whole payments a second with an outbox that does not grow, and what one costs
+	$(TARGET_DIR)/release/whole $(ARGS)
+
+.PHONY: bench-lateness
+bench-lateness: bench-build ## how late payments are decided at 10,000 due a second
+	$(TARGET_DIR)/release/lateness $(ARGS)
 
 # The two commands of the first system's README, to the letter.
 .PHONY: perf-test
