@@ -122,7 +122,7 @@ bench-lateness: bench-build ## how late payments are decided at 10,000 due a sec
 # The two commands of the first system's README, to the letter.
 .PHONY: perf-test
 perf-test: export PATH := $(CURDIR)/.tools/bin:$(PATH)
-perf-test: dev-deps ## ghz against a running service: 1,000 creates, then 30 s of load
+perf-test: dev-deps ## ghz against a running service: 1,000 creates, then 30 s of load; h2load on its pages
 	@command -v ghz >/dev/null || { echo 'perf-test needs ghz, which `make dev-deps` installs where Go is' >&2; exit 1; }
 	@curl -fsS -o /dev/null http://localhost:$(OPS_PORT)/readyz || { echo 'no service is ready on port $(OPS_PORT): start one with `make run`' >&2; exit 1; }
 	ghz --insecure --proto proto/payment/v1/payment.proto \
@@ -133,6 +133,10 @@ perf-test: dev-deps ## ghz against a running service: 1,000 creates, then 30 s o
 	  --call payment.v1.PaymentService.CreatePaymentIntent \
 	  -d '{"reservation_id":"load-test","user_id":"user-load","amount":{"amount":50000,"currency":"KRW"},"scenario":"random"}' \
 	  -c 50 -z 30s localhost:$(GRPC_PORT)
+	@if command -v h2load >/dev/null; then set -x; \
+	  h2load --h1 -c 10 -n 20000 http://localhost:$(OPS_PORT)/health; \
+	  h2load --h1 -c 10 -n 2000 http://localhost:$(OPS_PORT)/metrics; \
+	else echo 'skipped: h2load on /health and /metrics, it is not installed (nghttp2 has it)'; fi
 
 .PHONY: demo-aws
 demo-aws: dev-deps ## payment to reservation on an emulated AWS, seen step by step

@@ -48,7 +48,7 @@ const ROOT: &str = env!("CARGO_MANIFEST_DIR");
 const BINARY: &str = env!("CARGO_BIN_EXE_payment-sim");
 const SERVICE: &str = "payment.v1.PaymentService";
 const SIMULATION: &str = "simulation.v1.SimulationService";
-const DOCUMENTS: [&str; 10] = [
+const DOCUMENTS: [&str; 11] = [
     "README.md",
     "ARCHITECTURE.md",
     "CONTRIBUTING.md",
@@ -58,6 +58,7 @@ const DOCUMENTS: [&str; 10] = [
     "docs/webhooks.md",
     "docs/events.md",
     "docs/operations.md",
+    "docs/performance.md",
     "docs/reservation-worker.md",
 ];
 /// Longest wait for what must happen.

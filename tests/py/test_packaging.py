@@ -96,7 +96,8 @@ def test_compose_runs_the_emulator_that_the_tests_run():
 
 
 TARGETS = """help run build test lint ci bench docker-build docker-run perf-test grpcui status dev-deps clean
-crash-test bench-store bench-footprint bench-webhooks k8s demo-aws""".split()
+crash-test bench-store bench-footprint bench-webhooks bench-requests bench-creates bench-creates-memory bench-gets
+bench-open-loop k8s demo-aws""".split()
 
 
 def make(*arguments):
@@ -127,6 +128,8 @@ def test_perf_test_is_the_first_systems_commands_to_the_letter():
         f"""{call} -d '{{"reservation_id":"load-test","user_id":"user-load","amount":{{"amount":50000,"""
         """"currency":"KRW"},"scenario":"random"}' -c 50 -z 30s localhost:8030"""
     ) in flat
+    for page in ("health", "metrics"):
+        assert f"http://localhost:8031/{page};" in flat
 
 
 @pytest.fixture

@@ -19,10 +19,10 @@ use serde_json::{Value, json};
 
 const P95_MS_MAX: f64 = 10.0;
 const P99_MS_MAX: f64 = 50.0;
-/// A load that begins its calls later than this, or finds no free stream for more of them than this, measures
-/// itself.
-const LATE_P99_MS_MAX: f64 = 5.0;
+/// A load that finds no free stream for more of its calls does not keep up.
 const HELD_UP_SHARE_MAX: f64 = 0.01;
+/// A load that begins its calls later than this measures the machine rather than the service.
+const LATE_P99_MS_MAX: f64 = 5.0;
 /// Where it does not keep up, this much of the rate is tried next.
 const STEP: f64 = 0.9;
 const PROBE: Duration = Duration::from_secs(5);
@@ -80,9 +80,7 @@ fn highest_rate(subject: &Subject, load: &Load, asked: u64) -> Result<(u64, Roun
 }
 
 fn keeps_up(report: &Report) -> bool {
-    report.is_valid()
-        && report.late_ms(0.99) <= LATE_P99_MS_MAX
-        && report.held_up_share() <= HELD_UP_SHARE_MAX
+    report.is_valid() && report.held_up_share() <= HELD_UP_SHARE_MAX
 }
 
 fn show(name: &str, round: &Round) {
@@ -117,6 +115,9 @@ fn publish(load: &Load, rate: u64, echo: &Round, rounds: &[Round]) -> Result<boo
         100.0 * failed.max,
         if reached { "met" } else { "MISSED" }
     );
+    if rounds.iter().any(|round| round.report.late_ms(0.99) > LATE_P99_MS_MAX) {
+        println!("the load itself was late: this machine is busy, and the figures say little");
+    }
     let runs: Vec<Value> = rounds.iter().map(Round::json).collect();
     let figure = json!({
         "name": "open-loop",
