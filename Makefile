@@ -39,6 +39,7 @@ build: ## release build into bin/
 .PHONY: test
 test: ## every test, with a short crash test; sets up .venv and .tools itself
 	$(WITH_TOOLS) cargo test --locked
+	cargo test --locked --lib --manifest-path $(BENCH) --target-dir $(TARGET_DIR)
 	CRASH_CYCLES=3 $(WITH_TOOLS) cargo test --locked --features faults --test crash
 	cargo build --locked
 	PAYMENT_SIM_BIN=$(TARGET_DIR)/debug/payment-sim $(WITH_TOOLS) sh -c 'if [ -n "$$PAYMENT_SIM_VENV" ]; then python -m pytest tests/py; else echo "skipped: tests/py, there is no .venv"; fi'

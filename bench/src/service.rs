@@ -34,11 +34,14 @@ impl Service {
         binary: &Path,
         settings: &[(&str, &str)],
     ) -> Result<Self, String> {
+        // It is started in another folder than this program.
+        let absolute = |path| std::path::absolute(path).map_err(|error| error.to_string());
+        let (dir, binary) = (absolute(dir)?, absolute(binary)?);
         let (grpc, ops) = (free_port()?, free_port()?);
         let took = Stopwatch::start();
-        let child = Command::new(binary)
+        let child = Command::new(&binary)
             // No settings but these: also none of an .env file's.
-            .current_dir(dir)
+            .current_dir(&dir)
             .env_clear()
             .env("STORE_URL", format!("file:{}", dir.join("data").display()))
             .env("GRPC_PORT", grpc.to_string())

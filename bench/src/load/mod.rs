@@ -247,3 +247,114 @@ fn micros(duration: Duration) -> u64 {
 fn lock(tally: &Mutex<Tally>) -> MutexGuard<'_, Tally> {
     tally.lock().unwrap_or_else(PoisonError::into_inner)
 }
+
+#[cfg(test)]
+mod tests {
+    use bytes::Bytes;
+    use http::{HeaderMap, HeaderName, HeaderValue, Response};
+    use tokio::net::TcpListener;
+
+    use super::*;
+
+    const GRPC_STATUS: HeaderName = HeaderName::from_static("grpc-status");
+
+    /// The n-th call is answered by the n-th of these, over and over.
+    #[derive(Clone, Copy)]
+    enum Answer {
+        Status(&'static str),
+        Refusal(&'static str),
+        NoStatus,
+        Reset,
+    }
+
+    /// Serves one connection until it is closed, at first after a while; the task ends with the set.
+    async fn server(
+        answers: &'static [Answer],
+        mut stall: Duration,
+        tasks: &mut JoinSet<()>,
+    ) -> SocketAddr {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        tasks.spawn(async move {
+            let (stream, _) = listener.accept().await.unwrap();
+            let mut connection = h2::server::handshake(stream).await.unwrap();
+            let mut answers = answers.iter().cycle();
+            while let Some(Ok((_, reply))) = connection.accept().await {
+                time::sleep(std::mem::take(&mut stall)).await;
+                answer(*answers.next().unwrap(), reply);
+            }
+        });
+        address
+    }
+
+    fn answer(answer: Answer, mut reply: h2::server::SendResponse<Bytes>) {
+        let status = |code| HeaderMap::from_iter([(GRPC_STATUS, HeaderValue::from_static(code))]);
+        let mut head = Response::new(());
+        match answer {
+            Answer::Status(code) => {
+                let mut body = reply.send_response(head, false).unwrap();
+                body.send_data(Bytes::from_static(&[0; 5]), false).unwrap();
+                body.send_trailers(status(code)).unwrap();
+            }
+            Answer::Refusal(code) => {
+                *head.headers_mut() = status(code);
+                reply.send_response(head, true).unwrap();
+            }
+            Answer::NoStatus => {
+                reply.send_response(head, true).unwrap();
+            }
+            Answer::Reset => reply.send_reset(h2::Reason::REFUSED_STREAM),
+        }
+    }
+
+    /// A hundred calls in a tenth of a second.
+    fn load() -> Load {
+        Load {
+            calls: Calls { kind: Kind::Create, run: 0 },
+            connections: 1,
+            streams: 3,
+            threads: 1,
+            rate: Some(1_000),
+            duration: Duration::from_millis(100),
+        }
+    }
+
+    fn run(answers: &'static [Answer], stall: Duration) -> Report {
+        let runtime = tokio::runtime::Runtime::new().unwrap();
+        let mut tasks = JoinSet::new();
+        let target = runtime.block_on(server(answers, stall, &mut tasks));
+        load().run(target).unwrap()
+    }
+
+    #[test]
+    fn a_constant_rate_is_called_in_full() {
+        let report = run(&[Answer::Status("0")], Duration::ZERO);
+        assert_eq!((report.answered, report.failed), (100, 0));
+        assert!(report.is_valid());
+    }
+
+    #[test]
+    fn a_stall_is_charged_with_all_the_calls_that_it_held_up() {
+        let report = run(&[Answer::Status("0")], 3 * load().duration);
+        // All should have begun in the first of three tenths of a second; only three could.
+        let fastest_ms = report.latency_ms(0.0);
+        assert!(fastest_ms >= 199.0 && report.stall_ms >= 299.0, "{fastest_ms}");
+        assert!(report.held_up_share() > 0.9);
+    }
+
+    #[test]
+    fn whatever_is_not_ok_has_failed() {
+        use Answer::{NoStatus, Refusal, Reset, Status};
+        let answers = &[Status("0"), Status("8"), Refusal("14"), NoStatus, Reset];
+        let report = run(answers, Duration::ZERO);
+        assert_eq!((report.answered, report.failed), (100, 80));
+        assert!(!report.is_valid());
+    }
+
+    #[test]
+    fn nobody_listening_is_an_error_and_no_figure() {
+        // A port that was free and is closed again.
+        let address = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+        assert!(load().run(address).is_err_and(|error| error.contains("refused")));
+    }
+}

@@ -46,18 +46,26 @@ pub fn page(title: &str, reports: &[(String, &Report)]) -> String {
 fn axes() -> String {
     let mut axes = String::new();
     let (right, bottom) = (WIDTH - LEFT, HEIGHT - BELOW);
-    for (share, label) in
-        [(0.0, "0"), (0.9, "90"), (0.99, "99"), (0.999, "99.9"), (0.9999, "99.99"), (1.0, "100 %")]
-    {
+    for (share, label) in [
+        (0.0, "0"),
+        (0.5, "50"),
+        (0.9, "90"),
+        (0.99, "99"),
+        (0.999, "99.9"),
+        (0.9999, "99.99"),
+        (1.0, "100 %"),
+    ] {
         let (x, below) = (x(share), bottom + 18.0);
-        let _ = write!(axes, "<line x1=\"{x}\" y1=\"0\" x2=\"{x}\" y2=\"{bottom}\"/>");
-        let _ =
-            writeln!(axes, "<text x=\"{x}\" y=\"{below}\" text-anchor=\"middle\">{label}</text>");
+        let _ = write!(axes, "<line x1=\"{x:.1}\" y1=\"0\" x2=\"{x:.1}\" y2=\"{bottom}\"/>");
+        let _ = writeln!(
+            axes,
+            "<text x=\"{x:.1}\" y=\"{below}\" text-anchor=\"middle\">{label}</text>"
+        );
     }
-    for label in ["0.1", "1", "10", "100", "1000", "10000"] {
-        let (y, left) = (y(label.parse().unwrap_or(LEAST_MS)), LEFT - 6.0);
-        let _ = write!(axes, "<line x1=\"{LEFT}\" y1=\"{y}\" x2=\"{right}\" y2=\"{y}\"/>");
-        let _ = writeln!(axes, "<text x=\"{left}\" y=\"{y}\" text-anchor=\"end\">{label}</text>");
+    for ms in [0.1, 1.0, 10.0, 100.0, 1_000.0] {
+        let (y, left) = (y(ms), LEFT - 6.0);
+        let _ = write!(axes, "<line x1=\"{LEFT}\" y1=\"{y:.1}\" x2=\"{right}\" y2=\"{y:.1}\"/>");
+        let _ = writeln!(axes, "<text x=\"{left}\" y=\"{y:.1}\" text-anchor=\"end\">{ms}</text>");
     }
     axes
 }
