@@ -55,14 +55,14 @@ lint: ## formatting, clippy, rustdoc, protocol, dependencies, Dockerfile, YAML, 
 	scripts/lint.sh
 
 .PHONY: ci
-ci: dev-deps lint test ## what a change must pass: lint and test (.ci/run calls it)
+ci: dev-deps lint bench-smoke test ## what a change must pass: lint and test (.ci/run calls it)
 
 .PHONY: crash-test
 crash-test: ## kill -9 under load in CYCLES=24 cycles, receivers and queue dying too, with the negative controls
 	CRASH_CYCLES=$(CYCLES) cargo test --locked --release --features faults --test crash -- --nocapture
 
 .PHONY: bench
-bench: bench-store bench-footprint bench-webhooks bench-requests ## the benchmarks below
+bench: bench-store bench-footprint bench-webhooks bench-requests bench-delivery ## the benchmarks below
 
 .PHONY: bench-requests
 bench-requests: bench-creates bench-creates-memory bench-gets bench-open-loop ## what calls cost: the four of them
@@ -72,6 +72,10 @@ bench-requests: bench-creates bench-creates-memory bench-gets bench-open-loop ##
 bench-build:
 	cargo build --locked --release --bin payment-sim --target-dir $(TARGET_DIR)
 	cargo build --locked --release --bins --manifest-path $(BENCH) --target-dir $(TARGET_DIR)
+
+.PHONY: bench-smoke
+bench-smoke: ## allocations a request, against tests/allocations.json (UPDATE=1 writes it anew)
+	cargo test --locked --test allocations -- --nocapture
 
 .PHONY: bench-store
 bench-store: bench-build ## whole payments a second through the store alone
@@ -100,6 +104,21 @@ bench-gets: bench-build ## reads a second among 5 million payments ÷ an echo of
 .PHONY: bench-open-loop
 bench-open-loop: bench-build ## latency at 30,000 creates a second, without coordinated omission
 	$(TARGET_DIR)/release/open_loop $(ARGS)
+
+.PHONY: bench-delivery
+bench-delivery: bench-courier bench-whole bench-lateness ## what deliveries cost: the three of them
+
+.PHONY: bench-courier
+bench-courier: bench-build ## signed webhooks a second ÷ those of bare hyper connections
+	$(TARGET_DIR)/release/courier $(ARGS)
+
+.PHONY: bench-whole
+bench-whole: bench-build ## whole payments a second with an outbox that does not grow, and what one costs
+	$(TARGET_DIR)/release/whole $(ARGS)
+
+.PHONY: bench-lateness
+bench-lateness: bench-build ## how late payments are decided at 10,000 due a second
+	$(TARGET_DIR)/release/lateness $(ARGS)
 
 # The two commands of the first system's README, to the letter.
 .PHONY: perf-test

@@ -24,11 +24,10 @@ use crate::{
     domain::{
         delivery::{Attempted, Channel, Delivery},
         event,
-        payment::Payment,
         time::Timestamp,
     },
     metrics::Metrics,
-    store::{Health, Lease, Store, StoreError},
+    store::{Health, Lease, Store, StoreError, Versioned},
 };
 
 /// Where in 0 … 1 a wait is drawn.
@@ -53,35 +52,40 @@ impl Shared {
         self.store.health() == Health::Good
     }
 
-    /// The parcel that a lease is for; `None` where nothing is due any more.
-    async fn parcel(
-        &self,
-        lease: Lease,
-        channel: Channel,
-        now: Timestamp,
-    ) -> Result<Option<(Lease, Parcel)>, StoreError> {
-        let Some((stored, lease)) = lease.read(&*self.store, now).await? else { return Ok(None) };
-        Ok(parcel(&stored.payment, channel, now).map(|parcel| (lease, parcel)))
+    /// The payment that a lease is for; `None` where there is none any more.
+    async fn claim(&self, lease: Lease, now: Timestamp) -> Result<Option<Claim>, StoreError> {
+        let read = lease.read(&*self.store, now).await?;
+        Ok(read.map(|(stored, lease)| Claim { lease, stored }))
     }
 }
 
-fn parcel(payment: &Payment, channel: Channel, now: Timestamp) -> Option<Parcel> {
-    let notification = payment.due_notification(channel, now)?;
-    let terms = &payment.terms;
-    Some(Parcel {
-        payment: terms.id,
-        n: notification.n,
-        event_id: terms.id.event(notification.n),
-        topic: notification.topic,
-        at: notification.snapshot.at,
-        url: terms.webhook_url.clone(),
-        body: Bytes::from(event::body(terms, notification)),
-        trace: terms.trace,
-        death: match channel {
-            Channel::Event | Channel::Webhook => None,
-            Channel::DeadLetter => notification.webhook.as_ref().and_then(death),
-        },
-    })
+/// The right to a payment's deliveries on a channel, with the payment as it was read under it.
+struct Claim {
+    lease: Lease,
+    stored: Versioned,
+}
+
+impl Claim {
+    /// What is due of it; `None` where nothing is any more.
+    fn parcel(&self, channel: Channel, now: Timestamp) -> Option<Parcel> {
+        let payment = &self.stored.payment;
+        let notification = payment.due_notification(channel, now)?;
+        let terms = &payment.terms;
+        Some(Parcel {
+            payment: terms.id,
+            n: notification.n,
+            event_id: terms.id.event(notification.n),
+            topic: notification.topic,
+            at: notification.snapshot.at,
+            url: terms.webhook_url.clone(),
+            body: Bytes::from(event::body(terms, notification)),
+            trace: terms.trace,
+            death: match channel {
+                Channel::Event | Channel::Webhook => None,
+                Channel::DeadLetter => notification.webhook.as_ref().and_then(death),
+            },
+        })
+    }
 }
 
 fn death(webhook: &Delivery) -> Option<Death> {
@@ -89,9 +93,9 @@ fn death(webhook: &Delivery) -> Option<Death> {
     Some(Death { at, why: why.to_owned(), attempts_made: webhook.attempts_made })
 }
 
-/// An attempt that is over, with the lease that is given back once it is written down.
+/// An attempt that is over, with the claim that is given back once it is written down.
 pub struct Done {
-    lease: Lease,
+    claim: Claim,
     n: u32,
     channel: Channel,
     attempted: Attempted,

@@ -65,16 +65,16 @@ impl Scheduler {
         let answers = self.store.commit(commits).await;
         #[cfg(feature = "faults")]
         crate::faults::wake_again(&*self.store, again).await;
-        self.count(woken, answers, now)
+        self.count(woken, answers)
     }
 
-    /// How many were woken; the first error that was no race.
+    /// How many were woken, now that it is durable; the first error that was no race.
     fn count(
         &self,
         woken: Vec<(Payment, Payment)>,
         answers: Vec<Result<Committed, StoreError>>,
-        now: Timestamp,
     ) -> Result<usize, StoreError> {
+        let now = Timestamp::from_ms(self.clock.now_ms());
         let mut done = 0;
         let mut failed = None;
         for ((before, after), answer) in woken.into_iter().zip(answers) {

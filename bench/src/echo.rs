@@ -26,7 +26,7 @@ impl Echo {
     pub fn start(calls: &Calls, reply: &Path) -> Result<Self, String> {
         let binary = beside("echo")?;
         let method = match calls.kind {
-            Kind::Create => "create",
+            Kind::Create | Kind::Whole(_) => "create",
             Kind::Get(_) => "get",
         };
         let mut child = Command::new(&binary)

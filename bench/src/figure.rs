@@ -32,10 +32,32 @@ impl Spread {
 /// # Errors
 /// Where the file can't be written.
 pub fn publish(name: &str, ratios: &[f64], least: f64, details: Value) -> Result<(), String> {
+    publish_asked(name, ratios, ("least", least), details)
+}
+
+/// The same of a ratio that is to be small.
+///
+/// # Errors
+/// Where the file can't be written.
+pub fn publish_at_most(
+    name: &str,
+    ratios: &[f64],
+    most: f64,
+    details: Value,
+) -> Result<(), String> {
+    publish_asked(name, ratios, ("most", most), details)
+}
+
+fn publish_asked(
+    name: &str,
+    ratios: &[f64],
+    (bound, asked): (&str, f64),
+    details: Value,
+) -> Result<(), String> {
     let ratio = Spread::of(ratios.iter().copied());
     let Spread { median, min, max } = ratio;
     println!("RATIO {name} = {median:.3} ({min:.3} … {max:.3}) of {} pairs", ratios.len());
-    let figure = json!({ "name": name, "ratio": ratio.json(), "least": least, "details": details });
+    let figure = json!({ "name": name, "ratio": ratio.json(), bound: asked, "details": details });
     save(&format!("{name}.json"), &format!("{figure:#}\n"))?;
     Ok(())
 }

@@ -12,6 +12,7 @@ pub mod pairs;
 pub mod payments;
 pub mod receiver;
 pub mod service;
+pub mod sink;
 pub mod subject;
 
 use std::process::ExitCode;

@@ -59,6 +59,8 @@ const RESETS_MAX: usize = 128;
 /// POST that meets a connection just being closed fails, and costs the delivery one of its attempts.
 const IDLE_MAX: Duration = Duration::from_secs(4);
 
+/// Room for ours and the one that hyper adds, so that the map does not grow.
+const HEADERS: usize = 9;
 const AGENT: HeaderValue =
     HeaderValue::from_static(concat!("payment-sim/", env!("CARGO_PKG_VERSION")));
 const JSON: HeaderValue = HeaderValue::from_static("application/json");
@@ -140,8 +142,11 @@ impl<C: Connect + Clone + Send + Sync + 'static> WebhookCourier<C> {
             Ok(Ok(reply)) => {
                 let verdict = judge(reply.status(), reply.headers(), noted);
                 let left = self.timeout.saturating_sub(noted.took).min(REPLY_BODY_WAIT);
-                // The verdict stands, whatever comes of the body: a status is an answer.
-                let _cut_off = tokio::time::timeout(left, read_and_drop(reply.into_body())).await;
+                let body = reply.into_body();
+                if !body.is_end_stream() {
+                    // The verdict stands, whatever comes of the body: a status is an answer.
+                    let _cut_off = tokio::time::timeout(left, read_and_drop(body)).await;
+                }
                 verdict
             }
         };
@@ -152,19 +157,21 @@ impl<C: Connect + Clone + Send + Sync + 'static> WebhookCourier<C> {
     fn request(&self, url: &str, parcel: &Parcel, now: Timestamp) -> Option<Request<Full<Bytes>>> {
         let (id, seconds) = (parcel.event_id.as_str(), now.seconds());
         let signature = self.signer.standard(id, seconds, &parcel.body);
-        let mut request = Request::builder()
-            .method(Method::POST)
-            .uri(target(url)?)
-            .header(CONTENT_TYPE, JSON)
-            .header(USER_AGENT, AGENT)
-            .header(LEGACY_SIGNATURE, self.signer.legacy(&parcel.body))
-            .header(WEBHOOK_ID, id)
-            .header(WEBHOOK_TIMESTAMP, seconds)
-            .header(WEBHOOK_SIGNATURE, signature);
+        let mut headers = HeaderMap::with_capacity(HEADERS);
+        headers.insert(CONTENT_TYPE, JSON);
+        headers.insert(USER_AGENT, AGENT);
+        headers.insert(LEGACY_SIGNATURE, self.signer.legacy(&parcel.body).try_into().ok()?);
+        headers.insert(WEBHOOK_ID, id.try_into().ok()?);
+        headers.insert(WEBHOOK_TIMESTAMP, seconds.into());
+        headers.insert(WEBHOOK_SIGNATURE, signature.try_into().ok()?);
         if let Some(parent) = traceparent(&parcel.trace, id, now) {
-            request = request.header(TRACEPARENT, parent);
+            headers.insert(TRACEPARENT, parent);
         }
-        request.body(Full::new(parcel.body.clone())).ok()
+        let mut request = Request::new(Full::new(parcel.body.clone()));
+        *request.method_mut() = Method::POST;
+        *request.uri_mut() = target(url)?;
+        *request.headers_mut() = headers;
+        Some(request)
     }
 }
 
@@ -195,14 +202,17 @@ fn target(url: &str) -> Option<Uri> {
 
 /// The payment's trace, with a span of this attempt's own. Derived, not drawn: an attempt is named by its
 /// event and moment, and within one trace nothing else has to differ.
-fn traceparent(trace: &Trace, event_id: &str, now: Timestamp) -> Option<String> {
+fn traceparent(trace: &Trace, event_id: &str, now: Timestamp) -> Option<HeaderValue> {
     if trace.trace_id == [0; 16] {
         return None;
     }
     let digest =
         Sha256::new().chain_update(event_id).chain_update(now.ms().to_be_bytes()).finalize();
-    let (trace_id, span) = (hex::encode(trace.trace_id), hex::encode(&digest[..8]));
-    Some(format!("00-{trace_id}-{span}-{:02x}", u8::from(trace.sampled)))
+    let mut parent = *b"00-tttttttttttttttttttttttttttttttt-ssssssssssssssss-ff";
+    hex::encode_to_slice(trace.trace_id, &mut parent[3..35]).ok()?;
+    hex::encode_to_slice(&digest[..8], &mut parent[36..52]).ok()?;
+    hex::encode_to_slice([u8::from(trace.sampled)], &mut parent[53..]).ok()?;
+    HeaderValue::from_bytes(&parent).ok()
 }
 
 fn judge(status: StatusCode, headers: &HeaderMap, noted: Noted) -> Attempted {

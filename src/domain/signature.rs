@@ -7,6 +7,9 @@ use hmac::{Hmac, KeyInit, Mac};
 use sha2::Sha256;
 
 const STANDARD_PREFIX: &str = "whsec_";
+const MAC_BYTES: usize = 32;
+/// `v1,`, the base64 of a MAC, and a space before the next.
+const SIGNATURE_CHARS: usize = 48;
 
 /// The live secrets, newest first, keyed once.
 #[derive(Clone)]
@@ -41,19 +44,25 @@ impl Signer {
 
     /// `X-Webhook-Signature`: `sha256=` and the hex HMAC-SHA256 of the body (seed 003).
     pub fn legacy(&self, body: &[u8]) -> String {
-        format!("sha256={}", hex::encode(finish(&self.legacy, &[body])))
+        let mut digits = [0; 2 * MAC_BYTES];
+        hex::encode_to_slice(finish(&self.legacy, &[body]), &mut digits)
+            .expect("two digits a byte");
+        ["sha256=", str::from_utf8(&digits).expect("digits are ASCII")].concat()
     }
 
     /// `webhook-signature`: `v1,<base64>` for each live secret, over `id.timestamp.body`.
     pub fn standard(&self, id: &str, timestamp_s: i64, body: &[u8]) -> String {
         let seconds = timestamp_s.to_string();
         let parts = [id.as_bytes(), b".", seconds.as_bytes(), b".", body];
-        let signatures: Vec<_> = self
-            .standard
-            .iter()
-            .map(|key| format!("v1,{}", STANDARD.encode(finish(key, &parts))))
-            .collect();
-        signatures.join(" ")
+        let mut signatures = String::with_capacity(self.standard.len() * SIGNATURE_CHARS);
+        for key in &self.standard {
+            if !signatures.is_empty() {
+                signatures.push(' ');
+            }
+            signatures.push_str("v1,");
+            STANDARD.encode_string(finish(key, &parts), &mut signatures);
+        }
+        signatures
     }
 }
 
@@ -68,7 +77,7 @@ fn mac(key: &[u8]) -> Hmac<Sha256> {
     Hmac::new_from_slice(key).expect("HMAC takes a key of any length")
 }
 
-fn finish(key: &Hmac<Sha256>, parts: &[&[u8]]) -> [u8; 32] {
+fn finish(key: &Hmac<Sha256>, parts: &[&[u8]]) -> [u8; MAC_BYTES] {
     let mut mac = key.clone();
     for part in parts {
         mac.update(part);

@@ -9,7 +9,7 @@ use async_trait::async_trait;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
-use super::{Done, Jitter, Shared, drain};
+use super::{Claim, Done, Jitter, Shared, drain};
 use crate::{
     courier::{Courier, Parcel},
     domain::{
@@ -17,7 +17,7 @@ use crate::{
         time::Timestamp,
     },
     driver::{self, Step},
-    store::{Lease, StoreError, Work},
+    store::{StoreError, Work},
 };
 
 /// The pause of a whole sink that is down: doubled each time, up to here.
@@ -71,7 +71,7 @@ pub struct Batches {
     courier: Arc<dyn Courier>,
     mail: Mail,
     /// Leased, and not enough for a call yet.
-    gathered: Mutex<Vec<(Lease, Parcel)>>,
+    gathered: Mutex<Vec<(Claim, Parcel)>>,
     places: Arc<Semaphore>,
     sink: Arc<Mutex<Sink>>,
     jitter: Jitter,
@@ -140,16 +140,18 @@ impl Batches {
         Ok(count)
     }
 
-    async fn gather(&self, now: Timestamp) -> Result<Vec<(Lease, Parcel)>, StoreError> {
+    async fn gather(&self, now: Timestamp) -> Result<Vec<(Claim, Parcel)>, StoreError> {
         let mut batch = std::mem::take(&mut *self.lock_gathered());
         let room = self.courier.batch_max() - batch.len();
         for lease in self.shared.store.due(self.mail.work(), now, room).await? {
-            batch.extend(self.shared.parcel(lease, self.mail.channel(), now).await?);
+            let Some(claim) = self.shared.claim(lease, now).await? else { continue };
+            let parcel = claim.parcel(self.mail.channel(), now);
+            batch.extend(parcel.map(|parcel| (claim, parcel)));
         }
         Ok(batch)
     }
 
-    fn start(&self, batch: Vec<(Lease, Parcel)>, place: OwnedSemaphorePermit, now: Timestamp) {
+    fn start(&self, batch: Vec<(Claim, Parcel)>, place: OwnedSemaphorePermit, now: Timestamp) {
         let (courier, done, abandon) =
             (Arc::clone(&self.courier), self.done.clone(), self.abandon.clone());
         let outcome = Outcome {
@@ -160,16 +162,16 @@ impl Batches {
             began: now,
         };
         self.calls.spawn(async move {
-            let (leases, parcels): (Vec<_>, Vec<_>) = batch.into_iter().unzip();
+            let (claims, parcels): (Vec<_>, Vec<_>) = batch.into_iter().unzip();
             let call = courier.attempt(&parcels, now);
             let Some(attempts) = abandon.run_until_cancelled(call).await else { return };
             outcome.note(&attempts);
             drop(place);
             outcome.shared.store.changed(outcome.mail.work()).notify_one();
             let channel = outcome.mail.channel();
-            for ((lease, parcel), attempted) in leases.into_iter().zip(parcels).zip(attempts) {
+            for ((claim, parcel), attempted) in claims.into_iter().zip(parcels).zip(attempts) {
                 // Only gone when the process ends; what is not written down is still owed.
-                let _ = done.send(Done { lease, n: parcel.n, channel, attempted }).await;
+                let _ = done.send(Done { claim, n: parcel.n, channel, attempted }).await;
             }
         });
     }
@@ -178,7 +180,7 @@ impl Batches {
         self.sink.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn lock_gathered(&self) -> std::sync::MutexGuard<'_, Vec<(Lease, Parcel)>> {
+    fn lock_gathered(&self) -> std::sync::MutexGuard<'_, Vec<(Claim, Parcel)>> {
         self.gathered.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

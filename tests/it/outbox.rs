@@ -13,9 +13,10 @@ use payment_sim::{
     clock::ManualClock,
     courier::{Courier, Parcel},
     domain::{
-        delivery::{Attempt, Attempted, Verdict},
+        delivery::{Attempt, Attempted, Channel, Verdict},
         ids::PaymentId,
         payment::{Cancel, Command},
+        status::Status,
         time::Timestamp,
     },
     driver::Step,
@@ -210,6 +211,53 @@ async fn a_sink_that_is_down_is_left_alone_and_then_probed_by_one_call() {
     assert_eq!(bed.step().await + bed.step().await, 4);
     bed.end(2, 0).await;
     bed.drain().await;
+}
+
+/// Both were claimed before the payment changed, and one of them before the other was written down.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_came_of_attempts_is_all_kept_and_undoes_no_change() {
+    let clock = ManualClock::at_ms(START_MS);
+    let (shared, app) = outbox(&clock);
+    let courier = Arc::new(Held {
+        calls: Mutex::default(),
+        ends: Semaphore::new(0),
+        verdict: Mutex::new(Verdict::Accepted),
+    });
+    let jitter: Jitter = Arc::new(|| 1.0);
+    let policies = Policies { batched: RETRIES, webhook: RETRIES };
+    let (finisher, done) = Finisher::new(shared.clone(), policies, Arc::clone(&jitter));
+    let mut finishing = JoinSet::new();
+    finishing.spawn(finisher.run());
+    let mail = Mail::Events("eventbridge");
+    let events = Batches::new(shared.clone(), courier.clone(), mail, jitter, done.clone());
+    let limits = WebhookLimits { concurrency: 100, origin_concurrency: 10, origin_max_rps: None };
+    let webhooks = Webhooks::new(shared.clone(), courier.clone(), limits, done);
+    let webhook_url = Some("http://shop.example/hook".to_owned());
+    let new = NewPayment { webhook_url, ..new_payment("r") };
+    let id = app.create(new, None).await.unwrap().payment.terms.id;
+    events.step().await;
+    webhooks.step().await;
+    let both = async || (courier.calls.lock().unwrap().len() == 2).then_some(());
+    eventually("both are under way", both).await;
+    let caller = Caller { key: None, render: &|_, _| Vec::new(), hold: &|| true };
+    app.execute(id, Command::Cancel(Cancel::default()), caller).await.unwrap();
+    for written in 1..=2 {
+        courier.ends.add_permits(1);
+        let kept = async || {
+            let payment = app.get(id, None).await.unwrap();
+            let first = payment.notification(1).unwrap();
+            let done = |channel| first.delivery(channel).unwrap().due().is_none();
+            let count = [Channel::Event, Channel::Webhook].into_iter().filter(|c| done(*c)).count();
+            (count == written).then_some(payment)
+        };
+        let payment = eventually("what came of it is written down", kept).await;
+        assert_eq!(payment.status(), Status::Refunded, "the change stays");
+        assert!(payment.notification(2).unwrap().is_owed(), "and what it owes");
+    }
+    events.drain(Duration::ZERO).await;
+    webhooks.drain(Duration::ZERO).await;
+    drop((events, webhooks));
+    finishing.join_next().await;
 }
 
 /// Whoever falls due meanwhile does not wait until the backlog of an origin that went down is counted off.

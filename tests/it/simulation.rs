@@ -257,12 +257,15 @@ async fn a_call_orders_a_thousand_and_says_where_to_go_on() {
     attempted(&app, "delivered", ALL).await;
 }
 
-/// Waits until so many webhooks have ended like this. What finds its origin busy comes back a moment later.
+/// Waits until so many webhooks have ended like this, and that is written down. What finds its origin busy
+/// comes back a moment later.
 async fn attempted(app: &TestApp, result: &str, all: usize) {
     let name = format!("webhook_deliveries_total{{result={result:?}}}");
     eventually(&format!("all are {result}"), || async {
         app.advance_ms(200);
-        (app.metric(&name).await as usize == all).then_some(())
+        let ended = app.metric(&name).await as usize == all;
+        let owed = app.metric("outbox_pending{channel=\"webhook\"}").await;
+        (ended && owed == 0.0).then_some(())
     })
     .await;
 }

@@ -31,14 +31,23 @@ pub struct Calls {
 pub enum Kind {
     /// A payment of its own each.
     Create,
+    /// The same, with a life after it.
+    Whole(Life),
     /// A stored payment each, at random.
     Get(Filling),
+}
+
+/// What becomes of a payment.
+#[derive(Clone, Copy)]
+pub struct Life {
+    pub scenario: PaymentScenario,
+    pub webhooks_to: Option<SocketAddr>,
 }
 
 impl Calls {
     pub const fn path(&self) -> &'static str {
         match self.kind {
-            Kind::Create => "/payment.v1.PaymentService/CreatePaymentIntent",
+            Kind::Create | Kind::Whole(_) => "/payment.v1.PaymentService/CreatePaymentIntent",
             Kind::Get(_) => "/payment.v1.PaymentService/GetPaymentIntent",
         }
     }
@@ -48,6 +57,11 @@ impl Calls {
         let seed = mix(self.run) ^ n;
         match self.kind {
             Kind::Create => framed(&create(seed)),
+            Kind::Whole(life) => framed(&CreatePaymentIntentRequest {
+                scenario: life.scenario.into(),
+                webhook_url: life.webhooks_to.map(webhook_url).unwrap_or_default(),
+                ..create(seed)
+            }),
             Kind::Get(filling) => framed(&GetPaymentIntentRequest {
                 payment_intent_id: filling.id(mix(seed) % filling.settled.max(1)).intent(),
                 user_id: String::new(),
@@ -60,6 +74,10 @@ impl Calls {
     pub const fn more(self) -> Self {
         Self { run: self.run + 1, ..self }
     }
+}
+
+fn webhook_url(to: SocketAddr) -> String {
+    format!("http://{to}/hooks/payment")
 }
 
 fn create(seed: u64) -> CreatePaymentIntentRequest {

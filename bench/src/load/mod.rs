@@ -28,7 +28,7 @@ use calls::Caller;
 use report::Tally;
 use schedule::Schedule;
 
-pub use calls::{Calls, Kind};
+pub use calls::{Calls, Kind, Life};
 pub use plot::page;
 pub use report::Report;
 
