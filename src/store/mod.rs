@@ -7,6 +7,7 @@ mod draws;
 mod embedded;
 #[cfg(feature = "faults")]
 mod faults;
+mod gather;
 mod janitor;
 mod lists;
 mod memory;
@@ -29,6 +30,7 @@ pub use self::{
     book::{Lease, Releases},
     draws::Draw,
     embedded::{Embedded, Options},
+    gather::Gatherer,
     lists::{DeliveryPage, DeliveryQuery, Direction, Found, ListQuery, Page, Reached},
     shared::Retention,
 };
