@@ -88,7 +88,7 @@ impl Bed {
     }
 
     async fn pay(&self) -> PaymentId {
-        self.app.create(new_payment("r"), None).await.unwrap().payment.terms.id
+        self.app.create(new_payment("r"), None).await.unwrap().terms.id
     }
 
     async fn calls(&self, n: usize) -> Vec<Vec<(PaymentId, u32)>> {
