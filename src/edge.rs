@@ -232,7 +232,10 @@ impl<T: PaymentService> Edge<T> {
         untaken: &Untaken,
     ) -> Result<Response<Body>, Refusal> {
         let handled = match deadline {
-            None => survive(handler.as_mut()).await.map(|Ok(response)| Ok(response)),
+            None => {
+                let answered = survive(handler.as_mut()).await;
+                answered.map(|answered| answered.map_err(|never| match never {}))
+            }
             Some(deadline) => {
                 let unary = pin!(async {
                     let Ok(response) = handler.await;
