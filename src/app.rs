@@ -87,10 +87,10 @@ pub enum Error {
     Store(#[from] StoreError),
 }
 
-/// A created payment; `replayed` when its key was known.
+/// What was agreed for a created payment; `replayed` when its key was known.
 #[derive(Debug)]
 pub struct Created {
-    pub payment: Payment,
+    pub terms: Arc<Terms>,
     pub replayed: bool,
 }
 
@@ -164,7 +164,7 @@ impl App {
         match known {
             Remembered::Created { id, .. } => {
                 let stored = self.store.get(id).await?.ok_or(Error::NotFound)?;
-                Ok(Created { payment: stored.payment, replayed: true })
+                Ok(Created { terms: stored.payment.terms, replayed: true })
             }
             Remembered::Replied { .. } => {
                 Err(StoreError::Corrupt("a create's key holds a reply".to_owned()).into())
@@ -172,6 +172,7 @@ impl App {
         }
     }
 
+    /// A known key is answered by the commit: nothing of the request is looked at before.
     pub async fn create(&self, new: NewPayment, key: Option<Key>) -> Result<Created, Error> {
         let now = self.now();
         let scenario = new.scenario.unwrap_or(self.settings.scenario.default_scenario);
@@ -187,14 +188,18 @@ impl App {
         };
         let plan = Plan::draw(scenario, &self.settings.scenario, &draw_key, now);
         let idempotency = key.map(|key| key.idempotency);
-        let payment = Payment::create(Arc::new(self.terms(new, plan, idempotency, now)));
-        let change = Some(Change::Create { payment: payment.clone(), draw });
+        let terms = Arc::new(self.terms(new, plan, idempotency, now));
+        let payment = Payment::create(Arc::clone(&terms));
+        let decision = payment.progress.state.decision();
+        let change = Some(Change::Create { payment, draw });
         let commit = Commit { change, reply: None };
         match store::commit_one(&*self.store, commit).await? {
             Committed::Done(_) => {
                 self.metrics.payment_created(scenario.as_str());
-                self.count_outcome(None, &payment);
-                Ok(Created { payment, replayed: false })
+                if let Some((outcome, _)) = decision {
+                    count_decision(&self.metrics, outcome, &terms.provider);
+                }
+                Ok(Created { terms, replayed: false })
             }
             Committed::Replayed(known) => {
                 self.metrics.idempotency_hit();
@@ -404,11 +409,7 @@ pub fn count_outcome(metrics: &Metrics, before: Option<&Payment>, after: &Paymen
     let decision = |payment: &Payment| payment.progress.state.decision();
     match decision(after) {
         Some((outcome, _)) if before.and_then(decision).is_none() => {
-            let (status, reason) = match outcome {
-                Outcome::Completed => (Status::Completed, ""),
-                Outcome::Failed(reason) => (Status::Failed, reason.as_str()),
-            };
-            metrics.payment_outcome(status.short(), reason, provider);
+            count_decision(metrics, outcome, provider);
         }
         Some(_) | None => {}
     }
@@ -421,6 +422,14 @@ pub fn count_outcome(metrics: &Metrics, before: Option<&Payment>, after: &Paymen
         }
         Status::Pending | Status::Processing | Status::Completed | Status::Failed => {}
     }
+}
+
+fn count_decision(metrics: &Metrics, outcome: Outcome, provider: &str) {
+    let (status, reason) = match outcome {
+        Outcome::Completed => (Status::Completed, ""),
+        Outcome::Failed(reason) => (Status::Failed, reason.as_str()),
+    };
+    metrics.payment_outcome(status.short(), reason, provider);
 }
 
 /// Makes ids that rise within this process and past what the store held at start, whatever the clock
@@ -493,7 +502,8 @@ mod tests {
             events: true,
         };
         let app = App::new(store, clock, Arc::new(Metrics::new()), settings);
-        let payment = app.create(new_payment(), None).await.unwrap().payment;
+        let id = app.create(new_payment(), None).await.unwrap().terms.id;
+        let payment = app.get(id, None).await.unwrap();
         let process = |hold| {
             let command = Command::Process { card: None, vat: None };
             let caller = Caller { key: None, render: &|_, _| Vec::new(), hold };

@@ -18,7 +18,8 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 
 use bytes::Bytes;
-use http::{HeaderMap, HeaderValue, Method, Request, Response, StatusCode, header};
+use http::header::{self, HeaderName};
+use http::{HeaderMap, HeaderValue, Method, Request, Response, StatusCode};
 use http_body::Frame;
 use hyper::service::{Service, service_fn};
 use tokio::sync::Semaphore;
@@ -54,10 +55,11 @@ const STREAMS: [&str; 3] = [
     "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo",
 ];
 
-const GRPC_TIMEOUT: &str = "grpc-timeout";
-const GRPC_STATUS: &str = "grpc-status";
-const GRPC_DETAILS: &str = "grpc-status-details-bin";
-const TRACEPARENT: &str = "traceparent";
+// As names rather than text, which would be parsed anew at every look-up.
+static GRPC_TIMEOUT: HeaderName = HeaderName::from_static("grpc-timeout");
+static GRPC_STATUS: HeaderName = HeaderName::from_static("grpc-status");
+static GRPC_DETAILS: HeaderName = HeaderName::from_static("grpc-status-details-bin");
+static TRACEPARENT: HeaderName = HeaderName::from_static("traceparent");
 
 /// Lines about requests a second, each for the ordinary ones and for our own faults: enough to follow one
 /// client, too few to slow down thirty thousand requests.
@@ -114,10 +116,15 @@ impl Default for EdgeLimits {
 }
 
 /// What the requests of one connection share.
-struct Connection {
+struct Connection<T> {
+    edge: Edge<T>,
     ending: CancellationToken,
     untaken: Untaken,
 }
+
+/// A handler at work. Boxed by whoever made it, so that the request and all that becomes of it are moved
+/// about as a pointer.
+type Handler = Pin<Box<dyn Future<Output = Result<Response<Body>, Infallible>> + Send>>;
 
 /// Everything behind the gRPC port. Clones are handles of one.
 pub struct Edge<T>(Arc<Shared<T>>);
@@ -176,68 +183,66 @@ impl<T: PaymentService> Edge<T> {
         B: http_body::Body<Data = Bytes> + Send + 'static,
         B::Error: Into<Box<dyn Error + Send + Sync>> + Send,
     {
-        let edge = self.clone();
         let untaken = Untaken::new(self.0.limits.connection_untaken_max, &self.0.untaken);
         // Counted by Arc: a token's own clone takes a lock, and only streams want one.
-        let connection = Arc::new(Connection { ending, untaken });
-        service_fn(move |request| {
-            let (edge, connection) = (edge.clone(), Arc::clone(&connection));
-            async move { Ok(edge.answer(request, &connection).await) }
-        })
+        let connection = Arc::new(Connection { edge: self.clone(), ending, untaken });
+        service_fn(move |request| answer(Arc::clone(&connection), request))
     }
 
-    async fn answer<B>(&self, mut request: Request<B>, connection: &Connection) -> Response<Body>
-    where
-        B: http_body::Body<Data = Bytes> + Send + 'static,
-        B::Error: Into<Box<dyn Error + Send + Sync>> + Send,
-    {
-        let trace = Trace::of(request.headers());
-        request.extensions_mut().insert(trace);
-        let path = request.uri().path();
-        let stream = STREAMS.contains(&path);
-        let mut account = Account::open(&self.0, labels(path), trace);
-
-        let response = match self.handle(request, stream, &connection.untaken).await {
-            Ok(response) => in_our_words(response),
-            Err(refusal) => refusal.into_response(),
-        };
-        account.close(&response);
-        if stream {
-            response.map(|body| Body::new(Ending::new(body, connection.ending.clone())))
-        } else {
-            response
-        }
-    }
-
-    async fn handle<B>(
+    /// Takes a place for a request and finds its deadline; streams have none.
+    fn admit<B>(
         &self,
-        mut request: Request<B>,
-        stream: bool,
+        request: &mut Request<B>,
         untaken: &Untaken,
-    ) -> Result<Response<Body>, Refusal>
-    where
-        B: http_body::Body<Data = Bytes> + Send + 'static,
-        B::Error: Into<Box<dyn Error + Send + Sync>> + Send,
-    {
-        check_protocol(&request)?;
+    ) -> Result<(Option<ReleaseAtEnd>, Duration), Refusal> {
+        check_protocol(request)?;
         let wanted = grpc_timeout(request.headers())?;
         if !untaken.has_room() {
             return Err(too_much_untaken());
         }
         // Health needs none; for the rest it is held until the handler has ended, however it ends.
-        let _place = if request.uri().path().starts_with(HEALTH_PREFIX) {
+        let place = if request.uri().path().starts_with(HEALTH_PREFIX) {
             None
         } else {
             let slot = Slot::take(&self.0.slots).ok_or_else(overloaded)?;
             request.extensions_mut().insert(slot.clone());
             Some(ReleaseAtEnd(slot))
         };
-        let handled = if stream {
-            survive(self.route(request)).await.map(Ok)
+        let longest = self.0.limits.deadline;
+        Ok((place, wanted.map_or(longest, |wanted| wanted.min(longest))))
+    }
+
+    fn route<B>(&self, request: Request<B>) -> Handler
+    where
+        B: http_body::Body<Data = Bytes> + Send + 'static,
+        B::Error: Into<Box<dyn Error + Send + Sync>> + Send,
+    {
+        if request.uri().path().starts_with(PAYMENTS_PREFIX) {
+            self.0.payments.clone().call(request)
         } else {
-            let deadline = wanted.map_or(self.0.limits.deadline, |w| w.min(self.0.limits.deadline));
-            let handler = survive(async { untaken.count(self.route(request).await).await });
-            timeout(deadline, handler).await.map_err(|_elapsed| too_late(deadline))?
+            let mut routes = self.0.routes.clone();
+            Box::pin(async move { routes.call(request).await })
+        }
+    }
+
+    async fn handle(
+        &self,
+        mut handler: Handler,
+        deadline: Option<Duration>,
+        untaken: &Untaken,
+    ) -> Result<Response<Body>, Refusal> {
+        let handled = match deadline {
+            None => {
+                let answered = survive(handler.as_mut()).await;
+                answered.map(|answered| answered.map_err(|never| match never {}))
+            }
+            Some(deadline) => {
+                let unary = pin!(async {
+                    let Ok(response) = handler.await;
+                    untaken.count(response).await
+                });
+                timeout(deadline, survive(unary)).await.map_err(|_elapsed| too_late(deadline))?
+            }
         };
         let response = handled.map_err(|panic| {
             self.0.observe.panicked();
@@ -245,18 +250,40 @@ impl<T: PaymentService> Edge<T> {
         })?;
         response.map_err(|replies::NoRoom| too_much_untaken())
     }
+}
 
-    async fn route<B>(&self, request: Request<B>) -> Response<Body>
-    where
-        B: http_body::Body<Data = Bytes> + Send + 'static,
-        B::Error: Into<Box<dyn Error + Send + Sync>> + Send,
-    {
-        let answered = if request.uri().path().starts_with(PAYMENTS_PREFIX) {
-            self.0.payments.clone().call(request).await
-        } else {
-            self.0.routes.clone().call(request).await
-        };
-        answered.unwrap_or_else(|never: Infallible| match never {})
+async fn answer<T, B>(
+    connection: Arc<Connection<T>>,
+    mut request: Request<B>,
+) -> Result<Response<Body>, Infallible>
+where
+    T: PaymentService,
+    B: http_body::Body<Data = Bytes> + Send + 'static,
+    B::Error: Into<Box<dyn Error + Send + Sync>> + Send,
+{
+    let Connection { edge, ending, untaken } = &*connection;
+    let trace = Trace::of(request.headers());
+    request.extensions_mut().insert(trace);
+    let path = request.uri().path();
+    let stream = STREAMS.contains(&path);
+    let mut account = Account::open(&edge.0, labels(path), trace);
+
+    let answered = match edge.admit(&mut request, untaken) {
+        Ok((_place, deadline)) => {
+            let deadline = (!stream).then_some(deadline);
+            edge.handle(edge.route(request), deadline, untaken).await
+        }
+        Err(refusal) => Err(refusal),
+    };
+    let response = match answered {
+        Ok(response) => in_our_words(response),
+        Err(refusal) => refusal.into_response(),
+    };
+    account.close(&response);
+    if stream {
+        Ok(response.map(|body| Body::new(Ending::new(body, ending.clone()))))
+    } else {
+        Ok(response)
     }
 }
 
@@ -324,10 +351,10 @@ fn is_grpc(content_type: &[u8]) -> bool {
 
 /// The caller's deadline: 1 to 8 digits and a unit.
 fn grpc_timeout(headers: &HeaderMap) -> Result<Option<Duration>, Refusal> {
-    let Some(value) = headers.get(GRPC_TIMEOUT) else { return Ok(None) };
+    let Some(value) = headers.get(&GRPC_TIMEOUT) else { return Ok(None) };
     parse_timeout(value.as_bytes()).map(Some).ok_or_else(|| {
         let rule = "must be 1 to 8 digits and one of the units H, M, S, m, u, n";
-        Failure::invalid(vec![Violation::new(GRPC_TIMEOUT, rule)]).into()
+        Failure::invalid(vec![Violation::new(GRPC_TIMEOUT.as_str(), rule)]).into()
     })
 }
 
@@ -351,8 +378,9 @@ fn parse_timeout(value: &[u8]) -> Option<Duration> {
 }
 
 /// Runs a handler and turns a panic into its text.
-async fn survive<R>(handler: impl Future<Output = R>) -> Result<R, String> {
-    let mut handler = pin!(handler);
+async fn survive<R>(
+    mut handler: Pin<&mut (impl Future<Output = R> + ?Sized)>,
+) -> Result<R, String> {
     poll_fn(|cx| {
         // Unwind safe: a handler that has panicked is dropped and never polled again, and what it shared
         // is guarded by its own locks; a panic inside the store aborts the process before it gets here.
@@ -373,17 +401,18 @@ fn panic_text(panic: &(dyn Any + Send)) -> String {
 
 /// The code of a reply whose headers end it; one that goes on went well.
 fn code_of(response: &Response<Body>) -> Code {
-    let code = response.headers().get(GRPC_STATUS);
+    let code = response.headers().get(&GRPC_STATUS);
     code.map_or(Code::Ok, |code| Code::from_bytes(code.as_bytes()))
 }
 
 /// tonic's own refusals of a request, in the contract's words. They are told from ours by having no
 /// google.rpc details, which every [`Failure`] has.
 fn in_our_words(response: Response<Body>) -> Response<Body> {
-    if response.headers().contains_key(GRPC_DETAILS) {
+    let code = code_of(&response);
+    if code == Code::Ok || response.headers().contains_key(&GRPC_DETAILS) {
         return response;
     }
-    match code_of(&response) {
+    match code {
         // tonic's answer to a message over the limit.
         Code::OutOfRange => {
             let text = format!("a request is at most {} bytes", api::MAX_REQUEST_BYTES);
@@ -463,7 +492,7 @@ impl<T> Drop for Account<'_, T> {
 impl Trace {
     /// As the caller says, else a new one.
     pub fn of(headers: &HeaderMap) -> Self {
-        let said = headers.get(TRACEPARENT).and_then(|value| Self::parse(value.as_bytes()));
+        let said = headers.get(&TRACEPARENT).and_then(|value| Self::parse(value.as_bytes()));
         said.unwrap_or_else(Self::make)
     }
 

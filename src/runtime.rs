@@ -29,7 +29,7 @@ use crate::{
     process::{EXIT_SOFTWARE, EXIT_STORE_FAILED, Signals, Tasks, end_anyway_after},
     server::{self, Limits, Server},
     service::{Failed, Service, Surroundings},
-    store::{Health, Store},
+    store::{Gatherer, Health, Store},
 };
 
 /// Threads for everything that serves no gRPC: deliveries, timers, ops.
@@ -261,9 +261,10 @@ fn start_grpc(tasks: &mut Tasks, service: &Service, limits: Limits, listeners: V
     tracing::debug!(threads = listeners.len(), "starting gRPC threads");
     for listener in listeners {
         let (server, edge, end) = (server.clone(), service.edge.clone(), service.grpc_end.clone());
+        let gatherer = service.gatherer.clone();
         let (ended, wait) = oneshot::channel();
         let thread = thread::Builder::new().name("grpc".to_owned()).spawn(move || {
-            if let Err(error) = serve_listener(&server, listener, edge, end) {
+            if let Err(error) = serve_listener(&server, listener, edge, gatherer, end) {
                 tracing::error!(%error, "the gRPC port cannot be served");
             }
             // The other side is gone only when the process ends.
@@ -283,10 +284,12 @@ fn serve_listener(
     server: &Server,
     listener: TcpListener,
     edge: Edge<Payments>,
+    gatherer: Gatherer,
     end: CancellationToken,
 ) -> io::Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    runtime.block_on(server.serve_grpc(listener, |ending| edge.connection(ending), end))
+    let serving = server.serve_grpc(listener, |ending| edge.connection(ending), end);
+    runtime.block_on(gatherer.around(serving))
 }
 
 /// What is asked of the process as a whole.

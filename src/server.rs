@@ -10,7 +10,7 @@ use std::io;
 use std::net::SocketAddr;
 use std::pin::{Pin, pin};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
@@ -459,35 +459,18 @@ where
 
 /// How many streams a connection has open, and has had.
 #[derive(Clone, Debug, Default)]
-struct Streams(Arc<StreamCounts>);
-
-#[derive(Debug, Default)]
-struct StreamCounts {
-    open: AtomicUsize,
-    begun: AtomicU64,
+struct Streams {
+    open: TaskTracker,
+    begun: Arc<AtomicU64>,
 }
 
 impl Streams {
-    fn begin(&self) -> OpenStream {
-        self.0.begun.fetch_add(1, Ordering::Relaxed);
-        self.0.open.fetch_add(1, Ordering::Relaxed);
-        OpenStream(self.clone())
-    }
-
     fn open(&self) -> usize {
-        self.0.open.load(Ordering::Relaxed)
+        self.open.len()
     }
 
     fn begun(&self) -> u64 {
-        self.0.begun.load(Ordering::Relaxed)
-    }
-}
-
-struct OpenStream(Streams);
-
-impl Drop for OpenStream {
-    fn drop(&mut self) {
-        self.0.0.open.fetch_sub(1, Ordering::Relaxed);
+        self.begun.load(Ordering::Relaxed)
     }
 }
 
@@ -503,11 +486,9 @@ where
     F: Future<Output = ()> + Send + 'static,
 {
     fn execute(&self, stream: F) {
-        let open = self.streams.begin();
-        self.tasks.spawn(async move {
-            stream.await;
-            drop(open);
-        });
+        self.streams.begun.fetch_add(1, Ordering::Relaxed);
+        // Tracked twice rather than wrapped in a block of ours, which would hold the stream twice over.
+        self.tasks.spawn(self.streams.open.track_future(stream));
     }
 }
 

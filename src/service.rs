@@ -33,7 +33,7 @@ use crate::{
     outbox::{Batches, Finisher, Jitter, Mail, Policies, RETRIES, Shared, WebhookLimits, Webhooks},
     process::{EXIT_SOFTWARE, EXIT_UNAVAILABLE},
     scheduler::Scheduler,
-    store::{self, Location, Retention, Store, Work},
+    store::{self, Embedded, Gatherer, Location, Retention, Store, Work},
 };
 
 /// The payment service's name in `grpc.health.v1`; "" is the whole server.
@@ -70,6 +70,8 @@ impl Surroundings {
 /// Everything that serves payments.
 pub struct Service {
     pub store: Arc<dyn Store>,
+    /// For the threads that serve gRPC.
+    pub gatherer: Gatherer,
     pub clock: Arc<dyn Clock>,
     pub scheduler: Arc<Scheduler>,
     pub outbox: Outbox,
@@ -92,7 +94,9 @@ impl Service {
         let Surroundings { clock, chance, event_log } = surroundings;
         let aws = Aws::new(config);
         let startup_check = startup_check(config, &aws).await?;
-        let store = open_store(config, &clock, metrics).await?;
+        let opened = open_store(config, &clock, metrics).await?;
+        let gatherer = opened.gatherer();
+        let store: Arc<dyn Store> = opened;
         watch_outbox(metrics, &store, &clock);
         let shared = Shared {
             store: Arc::clone(&store),
@@ -127,6 +131,7 @@ impl Service {
             outbox,
             startup_check,
             store,
+            gatherer,
             clock,
             health,
             work_end: CancellationToken::new(),
@@ -207,7 +212,7 @@ async fn open_store(
     config: &Config,
     clock: &Arc<dyn Clock>,
     metrics: &Arc<Metrics>,
-) -> Result<Arc<dyn Store>, Failed> {
+) -> Result<Arc<Embedded>, Failed> {
     let location = match &config.store {
         StoreUrl::File(path) => Location::Folder(path.clone()),
         StoreUrl::Memory => Location::Memory,

@@ -1,10 +1,10 @@
 //! Between the wire and the domain: requests are checked whole, replies are made from a payment.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, sync::LazyLock};
 
 use prost::Message;
 use prost_types::{Struct, Value, value::Kind as JsonKind};
-use tonic::metadata::MetadataMap;
+use tonic::metadata::{AsciiMetadataKey, MetadataMap};
 
 use super::pb::{common::v1 as common, payment::v1 as pb};
 use crate::{
@@ -15,7 +15,7 @@ use crate::{
         delivery::{self, Channel},
         ids::{Idempotency, KeyHash, PaymentId, RequestHash, StoreSecret},
         money::{AMOUNT_MAX, AMOUNT_MIN, Currency, Money},
-        payment::{Cancel, Metadata, Method, Payment, Trace},
+        payment::{Cancel, Metadata, Method, Payment, Terms, Trace},
         scenario::{Outcome, Scenario},
         status::Status,
         time::Timestamp,
@@ -25,9 +25,12 @@ use crate::{
 };
 
 const KEY_CHARS: usize = 255;
-const KEY_HEADER: &str = "idempotency-key";
+// As names rather than text, which would be parsed anew at every look-up.
+static KEY_HEADER: LazyLock<AsciiMetadataKey> =
+    LazyLock::new(|| AsciiMetadataKey::from_static("idempotency-key"));
 /// Test sessions have keys of their own.
-const SESSION_HEADER: &str = "x-simulation-session";
+static SESSION_HEADER: LazyLock<AsciiMetadataKey> =
+    LazyLock::new(|| AsciiMetadataKey::from_static("x-simulation-session"));
 const URL_CHARS: usize = 2_048;
 const TAGS_MAX: usize = 50;
 const TAG_NAME_CHARS: usize = 64;
@@ -83,7 +86,7 @@ pub fn key<M: Keyed>(
     found: &mut Violations,
 ) -> Option<Key> {
     let text = std::mem::take(message.key_field());
-    let mut given = headers.get_all(KEY_HEADER).iter();
+    let mut given = headers.get_all(&*KEY_HEADER).iter();
     let header = given.next().map(|value| value.to_str().unwrap_or("\u{0}").to_owned());
     if given.any(|other| Some(other.as_encoded_bytes()) != header.as_deref().map(str::as_bytes)) {
         found.add("idempotency_key", "has several idempotency-key headers that differ");
@@ -106,7 +109,7 @@ pub fn key<M: Keyed>(
         found.add("idempotency_key", allowed);
         return None;
     }
-    let session = headers.get(SESSION_HEADER).map_or(&b""[..], |value| value.as_bytes());
+    let session = headers.get(&*SESSION_HEADER).map_or(&b""[..], |value| value.as_bytes());
     let idempotency = Idempotency {
         key: KeyHash(secret.tag(b"key", &[session, M::RPC.as_bytes(), text.as_bytes()])),
         request: RequestHash(secret.tag(b"request", &[&message.encode_to_vec()])),
@@ -360,13 +363,13 @@ fn webhook_url(text: &str, found: &mut Violations) {
 }
 
 fn metadata(metadata: pb::PaymentMetadata, found: &mut Violations) -> Metadata {
-    for (name, value) in [
-        ("source", &metadata.source),
-        ("user_agent", &metadata.user_agent),
-        ("ip_address", &metadata.ip_address),
-        ("session_id", &metadata.session_id),
+    for (path, value) in [
+        ("metadata.source", &metadata.source),
+        ("metadata.user_agent", &metadata.user_agent),
+        ("metadata.ip_address", &metadata.ip_address),
+        ("metadata.session_id", &metadata.session_id),
     ] {
-        found.text(format!("metadata.{name}"), value, TEXT_CHARS);
+        found.text(path, value, TEXT_CHARS);
     }
     if metadata.tags.len() > TAGS_MAX {
         found.add("metadata.tags", format!("has {} tags; at most {TAGS_MAX}", metadata.tags.len()));
@@ -513,11 +516,10 @@ fn wire_money(amount: u64, currency: Currency) -> common::Money {
 
 /// Made from what never changes, so that it is the same bytes for ever.
 pub fn created(
-    payment: &Payment,
+    terms: &Terms,
     secret: &StoreSecret,
     public_url: Option<&str>,
 ) -> pb::CreatePaymentIntentResponse {
-    let terms = &payment.terms;
     let id = terms.id.intent();
     pb::CreatePaymentIntentResponse {
         status: pb::PaymentStatus::Pending.into(),

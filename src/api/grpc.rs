@@ -62,7 +62,7 @@ impl Payments {
 
     fn created(&self, created: &app::Created) -> Response<pb::CreatePaymentIntentResponse> {
         let public_url = self.0.public_url.as_deref();
-        let reply = convert::created(&created.payment, self.app().secret(), public_url);
+        let reply = convert::created(&created.terms, self.app().secret(), public_url);
         mark(Response::new(reply), created.replayed)
     }
 
@@ -86,6 +86,15 @@ impl Payments {
             Executed::Done { payment, answer } => Ok(Response::new(reply(&payment, &answer))),
             Executed::Replayed(bytes) => replayed(&bytes),
             Executed::Held => Err(self.hold(slot).await),
+        }
+    }
+
+    /// The payment of a create whose key is known.
+    async fn recall(&self, key: Option<&Key>) -> Result<Option<app::Created>, Status> {
+        let Some(key) = key else { return Ok(None) };
+        match self.app().remembered(key).await.map_err(failure)? {
+            Some(known) => Ok(Some(self.app().recall(known).await.map_err(failure)?)),
+            None => Ok(None),
         }
     }
 
@@ -124,16 +133,18 @@ impl PaymentService for Payments {
         let secret = self.app().secret();
         let mut found = Violations::default();
         let key = convert::key(&headers, &mut message, secret, &mut found);
-        if let Some(key) = &key
-            && let Some(known) = self.app().remembered(key).await.map_err(failure)?
-        {
-            return Ok(self.created(&self.app().recall(known).await.map_err(failure)?));
-        }
         let trace = extensions.get::<Trace>().copied().unwrap_or_default();
-        let new = convert::new_payment(message, self.app().now(), secret, trace, found)
-            .map_err(Failure::invalid)?;
-        let created = self.app().create(new, key).await.map_err(failure)?;
-        Ok(self.created(&created))
+        match convert::new_payment(message, self.app().now(), secret, trace, found) {
+            Ok(new) => {
+                let created = self.app().create(new, key).await.map_err(failure)?;
+                Ok(self.created(&created))
+            }
+            // What was valid once may be so no more (a card expires): its key is answered all the same.
+            Err(bad) => match self.recall(key.as_ref()).await? {
+                Some(created) => Ok(self.created(&created)),
+                None => Err(Failure::invalid(bad).into()),
+            },
+        }
     }
 
     async fn get_payment_intent(

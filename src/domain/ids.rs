@@ -6,7 +6,7 @@ use std::fmt;
 use hmac::{Hmac, KeyInit, Mac};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
-use ulid::Ulid;
+use ulid::{ULID_LEN, Ulid};
 
 use super::time::Timestamp;
 
@@ -70,15 +70,22 @@ impl PaymentId {
     }
 
     pub fn intent(&self) -> String {
-        format!("{INTENT_PREFIX}{self}")
+        self.spelled(INTENT_PREFIX, "")
     }
 
     pub fn payment(&self) -> String {
-        format!("{PAYMENT_PREFIX}{self}")
+        self.spelled(PAYMENT_PREFIX, "")
+    }
+
+    /// In one allocation: every reply has several of these.
+    fn spelled(&self, prefix: &str, rest: &str) -> String {
+        let mut characters = [0; ULID_LEN];
+        let characters: &str = Ulid::from_bytes(self.0).array_to_str(&mut characters);
+        [prefix, characters, rest].concat()
     }
 
     pub fn transaction(&self) -> String {
-        format!("txn_{self}")
+        self.spelled("txn_", "")
     }
 
     pub fn event(&self, n: u32) -> String {
@@ -99,10 +106,14 @@ impl PaymentId {
 
     /// `pi_…_secret_` and 24 characters that only the holder of `secret` can make.
     pub fn client_secret(&self, secret: &StoreSecret) -> String {
+        const INFIX: &str = "_secret_";
         let tag = secret.tag(b"client_secret", &[&self.0]);
-        let mut text = hex::encode(tag);
-        text.truncate(CLIENT_SECRET_CHARS);
-        format!("{}_secret_{text}", self.intent())
+        let mut rest = [0; INFIX.len() + CLIENT_SECRET_CHARS];
+        let (infix, characters) = rest.split_at_mut(INFIX.len());
+        infix.copy_from_slice(INFIX.as_bytes());
+        hex::encode_to_slice(&tag[..CLIENT_SECRET_CHARS / 2], characters)
+            .expect("a byte is two characters");
+        self.spelled(INTENT_PREFIX, std::str::from_utf8(&rest).expect("all of it is ASCII"))
     }
 }
 

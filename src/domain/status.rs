@@ -39,6 +39,6 @@ impl Status {
 
     /// The name without its prefix, as labels and messages say it.
     pub fn short(self) -> &'static str {
-        self.as_str().trim_start_matches("PAYMENT_STATUS_")
+        self.as_str().strip_prefix("PAYMENT_STATUS_").expect("every name has the prefix")
     }
 }

@@ -62,7 +62,7 @@ async fn refused(edge: &Edge<testbed::Stub>, request: Request<Full<Bytes>>) -> (
 async fn a_good_call_passes_with_its_trace() {
     let (edge, ears) = edge(EdgeLimits::default());
     let parent = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01";
-    let (_, status, body) = send(&edge, with(create("ok"), TRACEPARENT, parent)).await;
+    let (_, status, body) = send(&edge, with(create("ok"), TRACEPARENT.as_str(), parent)).await;
     assert_eq!(status.code(), Code::Ok);
     let text = String::from_utf8_lossy(&body);
     assert!(text.contains("0af7651916cd43dd8448eb211c80319c"), "{text}");
@@ -137,13 +137,13 @@ async fn what_is_no_grpc_is_told_so() {
 async fn the_shorter_deadline_holds() {
     let late = (Code::DeadlineExceeded, "DEADLINE".to_owned());
     let (patient, ears) = edge(EdgeLimits::default());
-    let request = with(create("hang"), GRPC_TIMEOUT, "20m");
+    let request = with(create("hang"), GRPC_TIMEOUT.as_str(), "20m");
     assert_eq!(refused(&patient, request).await, late);
     assert_eq!(ears.handled(), [("CreatePaymentIntent", Code::DeadlineExceeded)]);
     assert_eq!(patient.in_flight(), 0);
 
     let (hasty, _) = edge(EdgeLimits { deadline: Duration::from_millis(20), ..Default::default() });
-    assert_eq!(refused(&hasty, with(create("hang"), GRPC_TIMEOUT, "1H")).await, late);
+    assert_eq!(refused(&hasty, with(create("hang"), GRPC_TIMEOUT.as_str(), "1H")).await, late);
     assert_eq!(refused(&hasty, create("hang")).await, late);
 }
 
@@ -151,10 +151,10 @@ async fn the_shorter_deadline_holds() {
 async fn a_bad_deadline_names_the_header() {
     let (edge, _) = edge(EdgeLimits::default());
     for bad in ["", "5", "S", "123456789S", "-1S", "1s", "1.5S", "1 S", "5X"] {
-        let (_, status, _) = send(&edge, with(create("ok"), GRPC_TIMEOUT, bad)).await;
+        let (_, status, _) = send(&edge, with(create("ok"), GRPC_TIMEOUT.as_str(), bad)).await;
         assert_eq!(status.code(), Code::InvalidArgument, "{bad}");
         let named = status.get_details_bad_request().unwrap();
-        assert_eq!(named.field_violations[0].field, GRPC_TIMEOUT);
+        assert_eq!(named.field_violations[0].field, GRPC_TIMEOUT.as_str());
     }
 }
 

@@ -18,6 +18,7 @@ use super::{
     OpenError, Page, Remembered, Store, StoreError, Versioned, Work,
     book::{Book, Releases},
     draws::{Counters, Draw},
+    gather::{self, Gatherer},
     horizon::Horizon,
     janitor::Janitor,
     lists,
@@ -131,6 +132,11 @@ impl Embedded {
         self.shared.payments.load(Ordering::Relaxed)
     }
 
+    /// For threads that serve requests.
+    pub fn gatherer(&self) -> Gatherer {
+        Gatherer::new(self.jobs.clone())
+    }
+
     #[cfg(test)]
     pub(super) fn shared(&self) -> &Shared {
         &self.shared
@@ -236,10 +242,7 @@ fn count(tables: &dyn Tables) -> Result<(u64, Option<PaymentId>), String> {
 impl Embedded {
     /// Hands a job to the writer in one step, so that it runs to its end whatever the caller does.
     pub(super) fn send(&self, job: Job) -> Result<(), StoreError> {
-        self.jobs.try_send(job).map_err(|error| match error {
-            mpsc::error::TrySendError::Full(_) => StoreError::Overloaded,
-            mpsc::error::TrySendError::Closed(_) => StoreError::Unavailable,
-        })
+        gather::send(&self.jobs, job)
     }
 
     /// A page reads up to 10,000 payments: not on a thread that serves requests.
@@ -268,7 +271,7 @@ impl Store for Embedded {
         let count = commits.len();
         let (answer, answered) = oneshot::channel::<Answers>();
         let all = |error: StoreError| vec![Err(error); count];
-        if let Err(error) = self.send(Job::Commit { commits, answer }) {
+        if let Err(error) = gather::hand_in(&self.jobs, commits, answer) {
             return all(error);
         }
         answered.await.unwrap_or_else(|_| all(StoreError::Unavailable))

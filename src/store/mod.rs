@@ -7,6 +7,7 @@ mod draws;
 mod embedded;
 #[cfg(feature = "faults")]
 mod faults;
+mod gather;
 mod horizon;
 mod janitor;
 mod judge;
@@ -35,6 +36,7 @@ pub use self::{
     book::{Lease, Releases},
     draws::Draw,
     embedded::{Embedded, Options},
+    gather::Gatherer,
     lists::{DeliveryPage, DeliveryQuery, Direction, Found, ListQuery, Page, Reached},
     shared::Retention,
 };

@@ -114,7 +114,7 @@ async fn a_failed_entry_is_no_success_it_stays_owed_and_it_alone_is_sent_again()
     let mut ids = Vec::new();
     for n in 0..3 {
         let created = app.create(new_payment(&format!("r-{n}")), None).await.unwrap();
-        ids.push(created.payment.terms.id);
+        ids.push(created.terms.id);
     }
     let courier = Arc::new(OneFails { fails: Mutex::new(Some(ids[1])), batches: Mutex::default() });
     let policies = Policies { batched: RETRIES, webhook: RETRIES };

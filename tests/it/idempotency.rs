@@ -1,12 +1,14 @@
 //! One key, one effect, one reply.
 
+use jiff::{Timestamp, tz::TimeZone};
 use prost::Message;
 use tonic::{Code, Response};
 
 use crate::support::{
     CancelPaymentRequest, CreatePaymentIntentRequest, CreatePaymentIntentResponse,
-    ListPaymentsRequest, PaymentScenario as Scenario, PaymentStatus as Status,
-    ProcessPaymentRequest, Refused, TestApp, create, krw, refused, with_header,
+    CreditCardDetails, ListPaymentsRequest, PaymentDetails, PaymentScenario as Scenario,
+    PaymentStatus as Status, ProcessPaymentRequest, Refused, TestApp, create, krw, refused,
+    with_header,
 };
 
 fn keyed(key: &str, scenario: Scenario) -> CreatePaymentIntentRequest {
@@ -88,7 +90,39 @@ async fn the_same_key_with_another_request_is_a_conflict() {
     sent(&app, keyed("k", Scenario::Approve)).await;
     let other = app.client.clone().create_payment_intent(keyed("k", Scenario::Fail)).await;
     assert_eq!(refused(other), (Code::AlreadyExists, "IDEMPOTENCY_CONFLICT".to_owned()));
+    let bad = CreatePaymentIntentRequest { amount: None, ..keyed("k", Scenario::Approve) };
+    let bad = app.client.clone().create_payment_intent(bad).await;
+    assert_eq!(refused(bad), (Code::AlreadyExists, "IDEMPOTENCY_CONFLICT".to_owned()));
     assert_eq!(payments(&app).await, 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_repeat_is_answered_though_its_card_has_expired_since() {
+    const HOUR_MS: i64 = 3_600_000;
+    let app = TestApp::quiet().await;
+    let tomorrow = Timestamp::from_millisecond(app.now_ms() + 24 * HOUR_MS).unwrap();
+    let last_month = tomorrow.to_zoned(TimeZone::UTC).date();
+    let over = last_month.last_of_month().tomorrow().unwrap().to_zoned(TimeZone::UTC).unwrap();
+    let left_ms = over.timestamp().as_millisecond() - app.now_ms();
+    let card = CreditCardDetails {
+        card_number: "4242424242424242".to_owned(),
+        expiry_month: last_month.month().to_string(),
+        expiry_year: last_month.year().to_string(),
+        ..Default::default()
+    };
+    let details = PaymentDetails { credit_card: Some(card), ..Default::default() };
+    let request = |key| CreatePaymentIntentRequest {
+        payment_details: Some(details.clone()),
+        ..keyed(key, Scenario::Approve)
+    };
+    app.advance_ms((left_ms - HOUR_MS).cast_unsigned());
+    let first = sent(&app, request("k")).await;
+    app.advance_ms((2 * HOUR_MS).cast_unsigned());
+    let expired = app.client.clone().create_payment_intent(request("new")).await;
+    assert_eq!(refused(expired), (Code::InvalidArgument, "VALIDATION_FAILED".to_owned()));
+    let again = sent(&app, request("k")).await;
+    assert!(replayed(&again));
+    assert_eq!(again.into_inner(), first.into_inner());
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -89,7 +89,7 @@ impl Bed {
     }
 
     async fn pay(&self) -> PaymentId {
-        self.app.create(new_payment("r"), None).await.unwrap().payment.terms.id
+        self.app.create(new_payment("r"), None).await.unwrap().terms.id
     }
 
     async fn calls(&self, n: usize) -> Vec<Vec<(PaymentId, u32)>> {
@@ -234,7 +234,7 @@ async fn what_came_of_attempts_is_all_kept_and_undoes_no_change() {
     let webhooks = Webhooks::new(shared.clone(), courier.clone(), limits, done);
     let webhook_url = Some("http://shop.example/hook".to_owned());
     let new = NewPayment { webhook_url, ..new_payment("r") };
-    let id = app.create(new, None).await.unwrap().payment.terms.id;
+    let id = app.create(new, None).await.unwrap().terms.id;
     events.step().await;
     webhooks.step().await;
     let both = async || (courier.calls.lock().unwrap().len() == 2).then_some(());

@@ -1,0 +1,395 @@
+//! What the requests of one thread commit goes to the writer together: a wake-up and a socket write for
+//! each of them would cost more than its commit.
+//!
+//! While one round is written the next one gathers, so that rounds size themselves and nothing waits for
+//! a timer. A round is acknowledged with one wake-up, and all its callers are answered in one turn of the
+//! thread, which then writes their replies together.
+
+use std::{
+    cell::{Cell, RefCell},
+    collections::VecDeque,
+    rc::Rc,
+};
+
+use tokio::{
+    sync::{Notify, mpsc, oneshot},
+    task::yield_now,
+};
+
+use super::{
+    Commit, StoreError,
+    writer::{Answers, Job},
+};
+
+/// Commits that wait on one thread for the round before theirs: as many as requests are in flight at a
+/// time, as shipped. More are refused at once.
+const WAITING_MAX: usize = 8_192;
+/// Commits of a round. The writer splits no job, and several threads' rounds fit into one of its syncs.
+const ROUND_MAX: usize = 500;
+
+thread_local! {
+    /// Where commits of this thread gather, while somebody is there to hand them on.
+    static HERE: RefCell<Option<Rc<Here>>> = const { RefCell::new(None) };
+}
+
+/// Makes threads gather what they commit to one store.
+#[derive(Clone)]
+pub struct Gatherer {
+    jobs: mpsc::Sender<Job>,
+}
+
+struct Here {
+    jobs: mpsc::Sender<Job>,
+    rounds: RefCell<VecDeque<Round>>,
+    waiting: Cell<usize>,
+    /// There is a round to hand on, or the thread is about to end.
+    filled: Notify,
+    ended: Cell<bool>,
+}
+
+#[derive(Default)]
+struct Round {
+    commits: Vec<Commit>,
+    /// Who waits for how many of them, in order.
+    callers: Vec<(usize, oneshot::Sender<Answers>)>,
+}
+
+/// Hands commits in, in one step: they run to their end whatever the caller does. On a thread that
+/// gathers they join the next round, on any other they go straight to the writer.
+pub fn hand_in(
+    jobs: &mpsc::Sender<Job>,
+    commits: Vec<Commit>,
+    answer: oneshot::Sender<Answers>,
+) -> Result<(), StoreError> {
+    let here = HERE.with_borrow(|here| here.clone().filter(|here| here.jobs.same_channel(jobs)));
+    match here {
+        Some(here) => here.join(commits, answer),
+        None => send(jobs, Job::Commit { commits, answer }),
+    }
+}
+
+/// Refused at once where the queue is full.
+pub fn send(jobs: &mpsc::Sender<Job>, job: Job) -> Result<(), StoreError> {
+    jobs.try_send(job).map_err(|error| match error {
+        mpsc::error::TrySendError::Full(_) => StoreError::Overloaded,
+        mpsc::error::TrySendError::Closed(_) => StoreError::Unavailable,
+    })
+}
+
+impl Gatherer {
+    pub(super) fn new(jobs: mpsc::Sender<Job>) -> Self {
+        Self { jobs }
+    }
+
+    /// Runs `serving`, and gathers what is committed on this thread meanwhile. It is for the one future
+    /// that a thread blocks on, and ends when nothing is left to hand on.
+    pub async fn around<R>(self, serving: impl Future<Output = R>) -> R {
+        let here = Rc::new(Here {
+            jobs: self.jobs,
+            rounds: RefCell::default(),
+            waiting: Cell::new(0),
+            filled: Notify::new(),
+            ended: Cell::new(false),
+        });
+        let _gathering = Gathering::begin(Rc::clone(&here));
+        let serving = async {
+            let result = serving.await;
+            here.ended.set(true);
+            here.filled.notify_one();
+            result
+        };
+        tokio::join!(serving, here.hand_on()).0
+    }
+}
+
+/// While this lives, its thread gathers.
+struct Gathering;
+
+impl Gathering {
+    fn begin(here: Rc<Here>) -> Self {
+        HERE.set(Some(here));
+        Self
+    }
+}
+
+impl Drop for Gathering {
+    fn drop(&mut self) {
+        HERE.set(None);
+    }
+}
+
+impl Here {
+    fn join(
+        &self,
+        commits: Vec<Commit>,
+        answer: oneshot::Sender<Answers>,
+    ) -> Result<(), StoreError> {
+        let (count, waiting) = (commits.len(), self.waiting.get());
+        if waiting + count > WAITING_MAX {
+            return Err(StoreError::Overloaded);
+        }
+        self.waiting.set(waiting + count);
+        let mut rounds = self.rounds.borrow_mut();
+        if rounds.back().is_none_or(|last| last.commits.len() + count > ROUND_MAX) {
+            rounds.push_back(Round::default());
+            self.filled.notify_one();
+        }
+        let round = rounds.back_mut().expect("there is one, or it was just added");
+        round.commits.extend(commits);
+        round.callers.push((count, answer));
+        Ok(())
+    }
+
+    /// Hands on what has gathered, again and again, until the thread ends.
+    async fn hand_on(&self) {
+        loop {
+            self.filled.notified().await;
+            // Those whose requests were read in the same turn come along.
+            yield_now().await;
+            while !self.rounds.borrow().is_empty() {
+                self.hand_on_once().await;
+                // The replies go out and the next requests come in.
+                yield_now().await;
+            }
+            if self.ended.get() {
+                return;
+            }
+        }
+    }
+
+    /// All that has gathered, and then its answers.
+    async fn hand_on_once(&self) {
+        let rounds = self.rounds.take();
+        self.waiting.set(0);
+        let mut sent = Vec::with_capacity(rounds.len());
+        for Round { commits, callers } in rounds {
+            let (answer, answered) = oneshot::channel();
+            let result = send(&self.jobs, Job::Commit { commits, answer });
+            sent.push((callers, result.map(|()| answered)));
+        }
+        for (callers, result) in sent {
+            match result {
+                // A writer that ends without an answer leaves the callers without one too.
+                Ok(answered) => answered.await.map_or((), |answers| share_out(callers, answers)),
+                Err(error) => refuse(callers, &error),
+            }
+        }
+    }
+}
+
+fn share_out(callers: Vec<(usize, oneshot::Sender<Answers>)>, answers: Answers) {
+    let mut answers = answers.into_iter();
+    for (count, caller) in callers {
+        // Nobody may be waiting any more; what was committed stays so.
+        let _ = caller.send(answers.by_ref().take(count).collect());
+    }
+}
+
+fn refuse(callers: Vec<(usize, oneshot::Sender<Answers>)>, error: &StoreError) {
+    for (count, caller) in callers {
+        let _ = caller.send(vec![Err(error.clone()); count]);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::store::{Committed, Revision};
+
+    /// Tells commits apart: the writer of these tests answers with it.
+    fn commits(ns: &[u64]) -> Vec<Commit> {
+        let reply = |n: &u64| crate::store::Reply {
+            idempotency: crate::domain::ids::Idempotency {
+                key: crate::domain::ids::KeyHash([0; 16]),
+                request: crate::domain::ids::RequestHash([0; 16]),
+            },
+            bytes: n.to_be_bytes().to_vec(),
+            at: crate::domain::time::Timestamp::from_ms(0),
+        };
+        ns.iter().map(|n| Commit { change: None, reply: Some(reply(n)) }).collect()
+    }
+
+    fn number(commit: &Commit) -> u64 {
+        let bytes = &commit.reply.as_ref().unwrap().bytes;
+        u64::from_be_bytes(bytes.as_slice().try_into().unwrap())
+    }
+
+    fn done(n: u64) -> Result<Committed, StoreError> {
+        Ok(Committed::Done(Revision(n)))
+    }
+
+    struct Bed {
+        sender: mpsc::Sender<Job>,
+        jobs: mpsc::Receiver<Job>,
+    }
+
+    impl Bed {
+        fn new(room: usize) -> Self {
+            let (sender, jobs) = mpsc::channel(room);
+            Self { sender, jobs }
+        }
+
+        fn gatherer(&self) -> Gatherer {
+            Gatherer::new(self.sender.clone())
+        }
+
+        fn hand_in(&self, ns: &[u64]) -> oneshot::Receiver<Answers> {
+            let (answer, answered) = oneshot::channel();
+            hand_in(&self.sender, commits(ns), answer).unwrap();
+            answered
+        }
+
+        /// Takes the next job and what it carries.
+        async fn job(&mut self) -> (Vec<u64>, oneshot::Sender<Answers>) {
+            let Some(Job::Commit { commits, answer }) = self.jobs.recv().await else {
+                panic!("no commits came");
+            };
+            (commits.iter().map(number).collect(), answer)
+        }
+
+        async fn write_one(&mut self) -> Vec<u64> {
+            let (ns, answer) = self.job().await;
+            answer.send(ns.iter().copied().map(done).collect()).unwrap();
+            ns
+        }
+    }
+
+    #[tokio::test]
+    async fn a_round_is_one_job_and_each_caller_gets_its_own_answers() {
+        let mut bed = Bed::new(8);
+        let gatherer = bed.gatherer();
+        gatherer
+            .around(async {
+                let (one, two) = (bed.hand_in(&[1]), bed.hand_in(&[2, 3]));
+                let three = bed.hand_in(&[4]);
+                assert_eq!(bed.write_one().await, [1, 2, 3, 4]);
+                assert_eq!(one.await.unwrap(), [done(1)]);
+                assert_eq!(two.await.unwrap(), [done(2), done(3)]);
+                assert_eq!(three.await.unwrap(), [done(4)]);
+            })
+            .await;
+    }
+
+    #[tokio::test]
+    async fn what_comes_during_a_round_is_the_next_one() {
+        let mut bed = Bed::new(8);
+        let gatherer = bed.gatherer();
+        gatherer
+            .around(async {
+                let first = bed.hand_in(&[1]);
+                let (ns, answer) = bed.job().await;
+                let rest = [bed.hand_in(&[2]), bed.hand_in(&[3])];
+                yield_now().await;
+                assert!(bed.jobs.try_recv().is_err(), "one round is in flight at a time");
+                answer.send(ns.into_iter().map(done).collect()).unwrap();
+                assert_eq!(first.await.unwrap(), [done(1)]);
+                assert_eq!(bed.write_one().await, [2, 3]);
+                for (answered, n) in rest.into_iter().zip(2..) {
+                    assert_eq!(answered.await.unwrap(), [done(n)]);
+                }
+            })
+            .await;
+    }
+
+    #[tokio::test]
+    async fn a_round_is_no_larger_than_the_writer_takes_at_once() {
+        let mut bed = Bed::new(8);
+        let gatherer = bed.gatherer();
+        gatherer
+            .around(async {
+                let ns: Vec<u64> = (0..2 * ROUND_MAX as u64 + 1).collect();
+                let waiting: Vec<_> = ns.iter().map(|n| bed.hand_in(&[*n])).collect();
+                for expected in ns.chunks(ROUND_MAX) {
+                    assert_eq!(bed.write_one().await, expected);
+                }
+                for (answered, n) in waiting.into_iter().zip(ns) {
+                    assert_eq!(answered.await.unwrap(), [done(n)]);
+                }
+            })
+            .await;
+    }
+
+    #[tokio::test]
+    async fn who_hangs_up_has_committed_all_the_same() {
+        let mut bed = Bed::new(8);
+        let gatherer = bed.gatherer();
+        gatherer
+            .around(async {
+                drop(bed.hand_in(&[1]));
+                let other = bed.hand_in(&[2]);
+                assert_eq!(bed.write_one().await, [1, 2]);
+                assert_eq!(other.await.unwrap(), [done(2)]);
+            })
+            .await;
+    }
+
+    #[tokio::test]
+    async fn the_end_waits_for_what_has_gathered() {
+        let mut bed = Bed::new(8);
+        let (gatherer, sender) = (bed.gatherer(), bed.sender.clone());
+        let serving = gatherer.around(async {
+            let (answer, _hung_up) = oneshot::channel();
+            hand_in(&sender, commits(&[1]), answer).unwrap();
+        });
+        let writing = async {
+            let (ns, answer) = bed.job().await;
+            assert_eq!(ns, [1]);
+            // From here on the thread has ended, save for this.
+            answer.send(vec![done(1)]).unwrap();
+        };
+        tokio::join!(serving, writing);
+        let _straight = bed.hand_in(&[2]);
+        assert!(bed.jobs.try_recv().is_ok());
+    }
+
+    #[tokio::test]
+    async fn a_writer_that_is_gone_leaves_no_caller_waiting() {
+        let mut bed = Bed::new(8);
+        let gatherer = bed.gatherer();
+        gatherer
+            .around(async {
+                let in_flight = bed.hand_in(&[1]);
+                let (_, answer) = bed.job().await;
+                let gathered = bed.hand_in(&[2]);
+                bed.jobs.close();
+                drop(answer);
+                assert!(in_flight.await.is_err());
+                assert_eq!(gathered.await.unwrap(), [Err(StoreError::Unavailable)]);
+            })
+            .await;
+    }
+
+    #[tokio::test]
+    async fn a_full_queue_and_a_full_thread_refuse_at_once() {
+        let bed = Bed::new(1);
+        let gatherer = bed.gatherer();
+        gatherer
+            .around(async {
+                let (answer, _) = oneshot::channel();
+                bed.sender.try_send(Job::Commit { commits: Vec::new(), answer }).unwrap();
+                let refused = bed.hand_in(&[1, 2]);
+                let overloaded = || Err(StoreError::Overloaded);
+                assert_eq!(refused.await.unwrap(), [overloaded(), overloaded()]);
+
+                let ns: Vec<u64> = (0..WAITING_MAX as u64).collect();
+                let all = bed.hand_in(&ns);
+                let (answer, _) = oneshot::channel();
+                let more = hand_in(&bed.sender, commits(&[0]), answer);
+                assert_eq!(more, Err(StoreError::Overloaded));
+                assert_eq!(all.await.unwrap().len(), WAITING_MAX);
+            })
+            .await;
+    }
+
+    #[tokio::test]
+    async fn another_stores_commits_do_not_gather_here() {
+        let (bed, mut other) = (Bed::new(8), Bed::new(8));
+        let gatherer = bed.gatherer();
+        gatherer
+            .around(async {
+                let _answered = other.hand_in(&[1]);
+                assert!(other.jobs.try_recv().is_ok());
+            })
+            .await;
+    }
+}
