@@ -192,8 +192,9 @@ impl App {
         let payment = Payment::create(Arc::clone(&terms));
         let decision = payment.progress.state.decision();
         let change = Some(Change::Create { payment, draw });
-        let commit = Commit { change, reply: None };
-        match store::commit_one(&*self.store, commit).await? {
+        // Begun before it is waited for: what is to be committed does not wait along with the call.
+        let committing = self.store.commit(vec![Commit { change, reply: None }]);
+        match committing.await.pop().expect("one answer a commit")? {
             Committed::Done(_) => {
                 self.metrics.payment_created(scenario.as_str());
                 if let Some((outcome, _)) = decision {

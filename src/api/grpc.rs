@@ -18,7 +18,7 @@ use super::{
     },
 };
 use crate::{
-    app::{self, App, Caller, Executed, Key},
+    app::{self, App, Caller, Executed, Key, NewPayment},
     domain::{
         ids::PaymentId,
         payment::{Answer, Command, Payment, Refusal, Trace},
@@ -89,6 +89,19 @@ impl Payments {
         }
     }
 
+    /// Reads a create whole, so that nothing of its request is kept while it is committed.
+    fn read_create(
+        &self,
+        request: Request<pb::CreatePaymentIntentRequest>,
+    ) -> (Option<Key>, Result<NewPayment, Vec<Violation>>) {
+        let (headers, extensions, mut message) = request.into_parts();
+        let secret = self.app().secret();
+        let mut found = Violations::default();
+        let key = convert::key(&headers, &mut message, secret, &mut found);
+        let trace = extensions.get::<Trace>().copied().unwrap_or_default();
+        (key, convert::new_payment(message, self.app().now(), secret, trace, found))
+    }
+
     /// The payment of a create whose key is known.
     async fn recall(&self, key: Option<&Key>) -> Result<Option<app::Created>, Status> {
         let Some(key) = key else { return Ok(None) };
@@ -129,12 +142,8 @@ impl PaymentService for Payments {
         &self,
         request: Request<pb::CreatePaymentIntentRequest>,
     ) -> Result<Response<pb::CreatePaymentIntentResponse>, Status> {
-        let (headers, extensions, mut message) = request.into_parts();
-        let secret = self.app().secret();
-        let mut found = Violations::default();
-        let key = convert::key(&headers, &mut message, secret, &mut found);
-        let trace = extensions.get::<Trace>().copied().unwrap_or_default();
-        match convert::new_payment(message, self.app().now(), secret, trace, found) {
+        let (key, new) = self.read_create(request);
+        match new {
             Ok(new) => {
                 let created = self.app().create(new, key).await.map_err(failure)?;
                 Ok(self.created(&created))

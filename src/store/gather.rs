@@ -42,16 +42,23 @@ struct Here {
     jobs: mpsc::Sender<Job>,
     rounds: RefCell<VecDeque<Round>>,
     waiting: Cell<usize>,
+    /// Commits of the last round: the next one has room for as many from the start.
+    usual: Cell<usize>,
     /// There is a round to hand on, or the thread is about to end.
     filled: Notify,
     ended: Cell<bool>,
 }
 
-#[derive(Default)]
 struct Round {
     commits: Vec<Commit>,
     /// Who waits for how many of them, in order.
     callers: Vec<(usize, oneshot::Sender<Answers>)>,
+}
+
+impl Round {
+    fn with_room_for(commits: usize) -> Self {
+        Self { commits: Vec::with_capacity(commits), callers: Vec::with_capacity(commits) }
+    }
 }
 
 /// Hands commits in, in one step: they run to their end whatever the caller does. On a thread that
@@ -88,6 +95,7 @@ impl Gatherer {
             jobs: self.jobs,
             rounds: RefCell::default(),
             waiting: Cell::new(0),
+            usual: Cell::new(0),
             filled: Notify::new(),
             ended: Cell::new(false),
         });
@@ -131,7 +139,7 @@ impl Here {
         self.waiting.set(waiting + count);
         let mut rounds = self.rounds.borrow_mut();
         if rounds.back().is_none_or(|last| last.commits.len() + count > ROUND_MAX) {
-            rounds.push_back(Round::default());
+            rounds.push_back(Round::with_room_for(self.usual.get()));
             self.filled.notify_one();
         }
         let round = rounds.back_mut().expect("there is one, or it was just added");
@@ -163,6 +171,7 @@ impl Here {
         self.waiting.set(0);
         let mut sent = Vec::with_capacity(rounds.len());
         for Round { commits, callers } in rounds {
+            self.usual.set(commits.len());
             let (answer, answered) = oneshot::channel();
             let result = send(&self.jobs, Job::Commit { commits, answer });
             sent.push((callers, result.map(|()| answered)));
