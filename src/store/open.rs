@@ -11,17 +11,29 @@ use crate::domain::ids::PaymentId;
 /// At about 1.2 KB each: three seconds' worth at full speed. Whoever is not here is read from the tables.
 const PAYMENTS_MAX: usize = 100_000;
 
-/// Keyed by ids, which are made here: nobody outside can choose some that collide.
-#[derive(Default)]
-pub struct OpenPayments(RwLock<FxHashMap<PaymentId, Versioned>>);
+const PARTS: usize = 64;
+
+/// In parts: a map that grows moves all that it holds, and commits would wait for it. Keyed by ids, which
+/// are made here: nobody outside can choose some that collide.
+pub struct OpenPayments([RwLock<FxHashMap<PaymentId, Versioned>>; PARTS]);
+
+impl Default for OpenPayments {
+    fn default() -> Self {
+        Self(std::array::from_fn(|_| RwLock::default()))
+    }
+}
 
 impl OpenPayments {
+    fn part(&self, id: PaymentId) -> &RwLock<FxHashMap<PaymentId, Versioned>> {
+        &self.0[usize::from(id.bytes()[15]) % PARTS]
+    }
+
     pub fn get(&self, id: PaymentId) -> Option<Versioned> {
-        self.0.read().unwrap_or_else(PoisonError::into_inner).get(&id).cloned()
+        self.part(id).read().unwrap_or_else(PoisonError::into_inner).get(&id).cloned()
     }
 
     pub fn revision(&self, id: PaymentId) -> Option<Revision> {
-        let open = self.0.read().unwrap_or_else(PoisonError::into_inner);
+        let open = self.part(id).read().unwrap_or_else(PoisonError::into_inner);
         open.get(&id).map(|stored| stored.revision)
     }
 
@@ -31,20 +43,22 @@ impl OpenPayments {
         waiting: impl IntoIterator<Item = Versioned>,
         done: impl IntoIterator<Item = PaymentId>,
     ) {
-        let mut open = self.0.write().unwrap_or_else(PoisonError::into_inner);
         for stored in waiting {
             let id = stored.payment.terms.id;
-            if open.len() < PAYMENTS_MAX || open.contains_key(&id) {
+            let mut open = self.part(id).write().unwrap_or_else(PoisonError::into_inner);
+            if open.len() < PAYMENTS_MAX / PARTS || open.contains_key(&id) {
                 open.insert(id, stored);
             }
         }
         for id in done {
-            open.remove(&id);
+            self.part(id).write().unwrap_or_else(PoisonError::into_inner).remove(&id);
         }
     }
 
     #[cfg(test)]
     pub fn forget(&self) {
-        self.0.write().unwrap_or_else(PoisonError::into_inner).clear();
+        for part in &self.0 {
+            part.write().unwrap_or_else(PoisonError::into_inner).clear();
+        }
     }
 }

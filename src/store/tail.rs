@@ -30,15 +30,23 @@ struct Layers {
     leaving: Option<Arc<Layer>>,
 }
 
+/// In parts, by the first bits of what is looked up: a map that grows moves all that it holds, and whoever
+/// commits meanwhile would wait for tens of milliseconds. And sorted parts make a sorted whole.
+pub struct Layer {
+    parts: Vec<Part>,
+    oldest: Option<PaymentId>,
+    payments: usize,
+}
+
+const PARTS: usize = 64;
+
 /// Hashed with our secret, all of it: nobody outside can choose entries that collide.
 #[derive(Default)]
-pub struct Layer {
+struct Part {
     keys: FxHashMap<KeyHash, (RequestHash, PaymentId)>,
     places: Vec<Place>,
     /// The last place of each name.
     last: FxHashMap<[u8; 8], usize>,
-    oldest: Option<PaymentId>,
-    payments: usize,
 }
 
 struct Place {
@@ -46,6 +54,18 @@ struct Place {
     id: PaymentId,
     /// Of the same name.
     before: Option<usize>,
+}
+
+impl Default for Layer {
+    fn default() -> Self {
+        let parts = std::iter::repeat_with(Part::default).take(PARTS).collect();
+        Self { parts, oldest: None, payments: 0 }
+    }
+}
+
+/// Rises with the bytes.
+fn part(bytes: &[u8]) -> usize {
+    usize::from(bytes[0]) * PARTS / 256
 }
 
 impl Tail {
@@ -64,8 +84,7 @@ impl Tail {
     pub fn key(&self, key: KeyHash) -> Option<(RequestHash, PaymentId)> {
         let layers = self.layers();
         let leaving = layers.leaving.as_ref();
-        let known = layers.fresh.keys.get(&key).or_else(|| leaving?.keys.get(&key));
-        known.copied()
+        layers.fresh.key(key).or_else(|| leaving?.key(key))
     }
 
     /// The payments of a name, in no order. To be asked before the table, as above.
@@ -96,12 +115,7 @@ impl Tail {
     pub fn leave(&self) -> Arc<Layer> {
         let mut layers = self.0.write().unwrap_or_else(PoisonError::into_inner);
         let Layers { fresh, leaving } = &mut *layers;
-        let next = || {
-            // The next will be about as large: grown step by step it would be moved as often.
-            let room = Layer::with_room_for(fresh.payments);
-            Arc::new(std::mem::replace(fresh, room))
-        };
-        Arc::clone(leaving.get_or_insert_with(next))
+        Arc::clone(leaving.get_or_insert_with(|| Arc::new(std::mem::take(fresh))))
     }
 
     /// It is in the tables.
@@ -113,31 +127,29 @@ impl Tail {
 }
 
 impl Layer {
-    fn with_room_for(payments: usize) -> Self {
-        let mut layer = Self::default();
-        layer.keys.reserve(payments);
-        layer.places.reserve(payments * 2);
-        layer.last.reserve(payments);
-        layer
-    }
-
     fn add(&mut self, derived: &Derived) {
         let id = derived.id;
         if let Some(Idempotency { key, request }) = derived.idempotency {
-            self.keys.insert(key, (request, id));
+            self.parts[part(&key.0)].keys.insert(key, (request, id));
         }
         for name in derived.names {
-            let before = self.last.insert(name, self.places.len());
-            self.places.push(Place { name, id, before });
+            let Part { places, last, .. } = &mut self.parts[part(&name)];
+            let before = last.insert(name, places.len());
+            places.push(Place { name, id, before });
         }
         self.oldest = Some(self.oldest.map_or(id, |oldest| oldest.min(id)));
         self.payments += 1;
     }
 
+    fn key(&self, key: KeyHash) -> Option<(RequestHash, PaymentId)> {
+        self.parts[part(&key.0)].keys.get(&key).copied()
+    }
+
     fn ids(&self, name: [u8; 8]) -> impl Iterator<Item = PaymentId> {
-        let mut at = self.last.get(&name).copied();
+        let part = &self.parts[part(&name)];
+        let mut at = part.last.get(&name).copied();
         std::iter::from_fn(move || {
-            let place = &self.places[at?];
+            let place = &part.places[at?];
             at = place.before;
             Some(place.id)
         })
@@ -145,19 +157,26 @@ impl Layer {
 
     /// Rows of `Key`, as they are to be brought in.
     pub fn key_rows(&self) -> Vec<([u8; 16], [u8; 32])> {
-        let row = |(key, (request, id)): (&KeyHash, &(RequestHash, PaymentId))| {
-            (key.0, record::created(*request, *id))
-        };
-        let mut rows: Vec<_> = self.keys.iter().map(row).collect();
-        rows.sort_unstable();
+        let mut rows = Vec::with_capacity(self.payments);
+        for part in &self.parts {
+            let begin = rows.len();
+            let row = |(key, (request, id)): (&KeyHash, &(RequestHash, PaymentId))| {
+                (key.0, record::created(*request, *id))
+            };
+            rows.extend(part.keys.iter().map(row));
+            rows[begin..].sort_unstable();
+        }
         rows
     }
 
     /// Keys of `Index`, as they are to be brought in.
     pub fn index_rows(&self) -> Vec<[u8; 24]> {
-        let mut rows: Vec<_> =
-            self.places.iter().map(|place| record::index_key(place.name, place.id)).collect();
-        rows.sort_unstable();
+        let mut rows = Vec::with_capacity(self.payments * 2);
+        for part in &self.parts {
+            let begin = rows.len();
+            rows.extend(part.places.iter().map(|place| record::index_key(place.name, place.id)));
+            rows[begin..].sort_unstable();
+        }
         rows.dedup();
         rows
     }
@@ -194,12 +213,18 @@ mod tests {
     #[test]
     fn rows_rise_and_no_key_comes_twice() {
         let tail = Tail::default();
-        tail.add([derived(3, 7), derived(3, 7), derived(2, 5)]);
+        tail.add([
+            derived(3, 7),
+            derived(200, 255),
+            derived(3, 7),
+            derived(2, 5),
+            derived(90, 100),
+        ]);
         let layer = tail.leave();
         let keys: Vec<_> = layer.key_rows().iter().map(|(key, _)| key[0]).collect();
-        assert_eq!(keys, [5, 7]);
+        assert_eq!(keys, [5, 7, 100, 255]);
         let rows = layer.index_rows();
-        assert_eq!(rows.len(), 4);
+        assert_eq!(rows.len(), 8);
         assert!(rows.is_sorted_by(|a, b| a < b));
     }
 }
