@@ -39,7 +39,6 @@ build: ## release build into bin/
 .PHONY: test
 test: ## every test, with a short crash test; sets up .venv and .tools itself
 	$(WITH_TOOLS) cargo test --locked
-	cargo test --locked --lib --manifest-path $(BENCH) --target-dir $(TARGET_DIR)
 	CRASH_CYCLES=3 $(WITH_TOOLS) cargo test --locked --features faults --test crash
 	cargo build --locked
 	PAYMENT_SIM_BIN=$(TARGET_DIR)/debug/payment-sim $(WITH_TOOLS) sh -c 'if [ -n "$$PAYMENT_SIM_VENV" ]; then python -m pytest tests/py; else echo "skipped: tests/py, there is no .venv"; fi'
@@ -62,7 +61,7 @@ crash-test: ## kill -9 under load in CYCLES=24 cycles, receivers and queue dying
 	CRASH_CYCLES=$(CYCLES) cargo test --locked --release --features faults --test crash -- --nocapture
 
 .PHONY: bench
-bench: bench-store bench-footprint bench-webhooks bench-requests bench-delivery ## the benchmarks below
+bench: bench-test bench-store bench-footprint bench-webhooks bench-requests bench-delivery ## the benchmarks below
 
 .PHONY: bench-requests
 bench-requests: bench-creates bench-creates-memory bench-gets bench-open-loop ## what calls cost: the four of them
@@ -72,6 +71,11 @@ bench-requests: bench-creates bench-creates-memory bench-gets bench-open-loop ##
 bench-build:
 	cargo build --locked --release --bin payment-sim --target-dir $(TARGET_DIR)
 	cargo build --locked --release --bins --manifest-path $(BENCH) --target-dir $(TARGET_DIR)
+
+# Not in CI: the benchmarks build the dependencies once more, with features of their own.
+.PHONY: bench-test
+bench-test: ## the benchmarks' own tests
+	cargo test --locked --lib --manifest-path $(BENCH) --target-dir $(TARGET_DIR)
 
 .PHONY: bench-smoke
 bench-smoke: ## allocations a request, against tests/allocations.json (UPDATE=1 writes it anew)
