@@ -733,6 +733,25 @@ async fn over_the_cap_the_oldest_settled_payments_go_early() {
 }
 
 #[tokio::test]
+async fn what_was_kept_over_the_cap_goes_once_it_is_settled() {
+    let bed = Bed::new(None, Retention { payments_max: Some(10), ..KEEP });
+    let all: Vec<_> = (0..3_000).map(|n| bed.payment(n, Scenario::Approve, None)).collect();
+    let created = all.iter().map(|payment| {
+        let change = Change::Create { payment: payment.clone(), draw: None };
+        Commit { change: Some(change), reply: None }
+    });
+    bed.store().commit(created.collect()).await;
+    bed.upkeep().await;
+    assert_eq!(bed.store().payments(), 3_000, "all of them owe something");
+    bed.clock.advance(Duration::from_secs(2));
+    for payment in &all {
+        bed.deliver(payment).await;
+    }
+    bed.upkeep().await;
+    assert_eq!(bed.store().payments(), 10);
+}
+
+#[tokio::test]
 async fn creates_are_refused_while_dropping_is_behind_and_no_longer() {
     let bed = Bed::new(None, Retention { payments_max: Some(10), ..KEEP });
     let behind = &bed.store().shared().dropping_behind;

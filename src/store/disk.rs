@@ -3,7 +3,7 @@
 use std::{
     fs::{self, File},
     io::{self, Write},
-    ops::{Bound, ControlFlow},
+    ops::ControlFlow,
     panic::{AssertUnwindSafe, catch_unwind},
     path::{Path, PathBuf},
     sync::Arc,
@@ -23,6 +23,7 @@ use super::{
     record,
     tables::{Batch, DROPPED, Rows, Span, Table, Tables, TablesError, Visit},
 };
+use crate::domain::ids::PaymentId;
 
 /// The layout that this version writes. Older ones are read and become this one, newer ones are refused.
 /// 2: keys and lists are not in the commits, and what is below the horizon is gone.
@@ -88,6 +89,30 @@ impl Disk {
         Ok(Self { database, keyspaces, folder: folder.to_owned() })
     }
 
+    /// Ranges of ids that cover all files in which nothing is left to be found.
+    fn gone(&self, table: Table, horizon: &Horizon) -> Vec<(PaymentId, PaymentId)> {
+        let version = self.keyspace(table).tree.current_version();
+        let mut files = Vec::new();
+        for file in version.iter_tables() {
+            let range = &file.metadata.key_range;
+            if let (Ok(oldest), Ok(newest)) = (record::id(range.min()), record::id(range.max())) {
+                files.push((oldest, newest));
+            }
+        }
+        files.sort_unstable();
+        let mut gone: Vec<(PaymentId, PaymentId)> = Vec::new();
+        for (oldest, newest) in files {
+            match gone.last_mut() {
+                Some(last) if horizon.is_gone(last.0, last.1.max(newest)) => {
+                    last.1 = last.1.max(newest);
+                }
+                Some(_) | None if horizon.is_gone(oldest, newest) => gone.push((oldest, newest)),
+                Some(_) | None => {}
+            }
+        }
+        gone
+    }
+
     fn keyspace(&self, table: Table) -> &Keyspace {
         &self.keyspaces[table as usize]
     }
@@ -144,7 +169,7 @@ impl Factory for Dropper {
 impl CompactionFilter for Dropper {
     fn filter_item(&mut self, item: ItemAccessor<'_>, _: &Context) -> CompactionFilterResult {
         let owner = record::payment_of(self.table, item.key(), &item.value()?);
-        // No tombstone: what may come to light below it belongs to a payment that is as old, or older.
+        // No tombstone: what may come to light below it is older still, and its key has lapsed long ago.
         let is_gone = owner.is_some_and(|id| !self.horizon.has(id));
         Ok(if is_gone { Verdict::Destroy } else { Verdict::Keep })
     }
@@ -229,6 +254,11 @@ impl Tables for Disk {
     }
 
     fn ingest(&self, table: Table, rows: Rows<'_>) -> Result<(), TablesError> {
+        let mut rows = rows.peekable();
+        if rows.peek().is_none() {
+            // One that is begun and finished empty leaves its file behind.
+            return Ok(());
+        }
         let mut ingestion = self.keyspace(table).start_ingestion().map_err(failed)?;
         for (key, value) in rows {
             ingestion.write(key, value).map_err(failed)?;
@@ -239,11 +269,12 @@ impl Tables for Disk {
     /// Payments and their states lie in the order of their ids: most files are below the horizon as a
     /// whole. Keys and lists lie in no such order, and are merged again and again: see [`Dropper`].
     fn reclaim(&self, horizon: &Horizon) -> Result<(), TablesError> {
-        for (above, below) in horizon.gaps() {
-            let (above, below) = (above.bytes().as_slice(), below.bytes().as_slice());
-            for table in [Table::Payment, Table::State] {
-                let range = (Bound::Excluded(above), Bound::Excluded(below));
-                self.keyspace(table).tree.drop_range::<&[u8], _>(range).map_err(failed)?;
+        for table in [Table::Payment, Table::State] {
+            let tree = &self.keyspace(table).tree;
+            // Each call writes a manifest, and commits wait meanwhile: as few as there are.
+            for (oldest, newest) in self.gone(table, horizon) {
+                let range = oldest.bytes().as_slice()..=newest.bytes().as_slice();
+                tree.drop_range::<&[u8], _>(range).map_err(failed)?;
             }
         }
         Ok(())
@@ -267,5 +298,35 @@ impl Tables for Disk {
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(0),
             Err(error) => Err(failed(error)),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::domain::time::Timestamp;
+
+    #[test]
+    fn files_in_which_nothing_is_left_go() {
+        let folder = tempfile::tempdir().unwrap();
+        let horizon = Arc::new(Horizon::default());
+        let disk = Disk::open(folder.path(), &horizon).unwrap();
+        let id = |n| PaymentId::from_parts(Timestamp::from_ms(1_000), n);
+        for file in 0..4 {
+            let mut batch = Batch::default();
+            for n in 0..3 {
+                batch.put(Table::Payment, id(file * 10 + n).bytes(), b"terms");
+            }
+            disk.write(&batch).unwrap();
+            disk.keyspace(Table::Payment).rotate_memtable_and_wait().unwrap();
+        }
+        horizon.moved(Some(id(30)), &[id(11)], &[]);
+        disk.reclaim(&horizon).unwrap();
+        let is_there = |n| disk.get(Table::Payment, id(n).bytes()).unwrap().is_some();
+        let left: Vec<_> = (0..40).filter(|n| is_there(*n)).collect();
+        assert_eq!(left, [10, 11, 12, 30, 31, 32], "a file with one that is kept stays whole");
+        horizon.moved(None, &[], &[id(11)]);
+        disk.reclaim(&horizon).unwrap();
+        assert!(!is_there(11) && is_there(30));
     }
 }

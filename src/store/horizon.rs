@@ -67,12 +67,10 @@ impl Horizon {
         self.line().kept.range((from, Bound::Unbounded)).take(max).copied().collect()
     }
 
-    /// Ranges of ids, ends excluded, in which there is nothing.
-    pub fn gaps(&self) -> Vec<(PaymentId, PaymentId)> {
+    /// Whether there is nothing from the one id to the other.
+    pub fn is_gone(&self, oldest: PaymentId, newest: PaymentId) -> bool {
         let line = self.line();
-        let ends = line.kept.iter().copied().take_while(|id| *id < line.mark);
-        let starts = std::iter::once(PaymentId::default()).chain(ends.clone());
-        starts.zip(ends.chain([line.mark])).collect()
+        newest < line.mark && line.kept.range(oldest..=newest).next().is_none()
     }
 
     pub fn moved<'a>(
@@ -109,10 +107,9 @@ mod tests {
         let asked = [id(1, 1), id(3, 0), id(10, 3), id(10, 4), id(10, 5), id(11, 0)];
         assert_eq!(there(&asked), [false, true, false, true, true, true]);
         assert_eq!(horizon.floor(), id(3, 0));
-        assert_eq!(
-            horizon.gaps(),
-            [(PaymentId::default(), id(3, 0)), (id(3, 0), id(10, 4)), (id(10, 4), id(10, 5))]
-        );
+        assert!(horizon.is_gone(id(3, 1), id(10, 3)));
+        assert!(!horizon.is_gone(id(3, 0), id(10, 3)), "one is kept");
+        assert!(!horizon.is_gone(id(10, 4), id(10, 5)), "one is above");
         horizon.moved(None, &[], &[id(3, 0)]);
         assert_eq!((horizon.mark(), horizon.floor()), (id(10, 5), id(10, 4)));
         assert!(!horizon.has(id(3, 0)));

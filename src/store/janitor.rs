@@ -130,16 +130,18 @@ impl Work {
     fn round(&self) -> bool {
         self.watch_space();
         self.note_high_water();
-        if self.shared.health() != Health::Good {
+        if self.shared.health() == Health::Failed {
             return true;
         }
-        if self.is_time_to_bring_in()
+        if self.shared.health() == Health::Good
+            && self.is_time_to_bring_in()
             && let Err(error) = self.bring_in()
         {
             tracing::warn!(%error, "keys and lists could not be brought into their tables");
         }
         let is_done = self.retain().unwrap_or_else(|error| {
             tracing::warn!(%error, "old payments could not be dropped");
+            self.shared.dropping_behind.store(false, Ordering::Relaxed);
             true
         });
         self.keep_marks();
@@ -195,6 +197,7 @@ impl Work {
         self.shared.tables.ingest(Table::Index, &mut rows)?;
         // All of it is on the disk: only now may the mark move past these payments.
         self.shared.tail.has_left();
+        self.marked.store(0, Ordering::Relaxed);
         *locked(&self.brought_in) = Stopwatch::start();
         Ok(())
     }
@@ -242,16 +245,17 @@ impl Work {
     /// Moves the horizon a stretch; true: nothing more can go for now.
     fn pass(&self, now: Timestamp) -> Result<bool, StoreError> {
         let mut judge = Judge::new(&self.shared, now, self.surplus());
-        let again = self.shared.horizon.kept_beyond(*locked(&self.looked_again), LOOK_AGAIN);
-        *locked(&self.looked_again) = again.last().copied();
+        let again = self.kept_in_turn();
         if again.is_empty() && !judge.has_work()? {
             return Ok(true);
         }
         // Whatever changes while it is judged stays.
         self.run(|answer| Job::Watch { answer })?;
-        for id in again {
-            judge.look_again(id)?;
+        for id in &again {
+            judge.look_again(*id)?;
         }
+        // As long as many of them go, the next ones have their turn at once.
+        let many_went = judge.passed.gone.len() > LOOK_AGAIN / 8;
         judge.look_ahead()?;
         let Judge { passed, early, is_done, .. } = judge;
         let due = u64::try_from(passed.gone.len()).unwrap_or(u64::MAX);
@@ -259,7 +263,19 @@ impl Work {
         if early > 0 {
             (self.on_dropped_early)(early.saturating_sub(due - went));
         }
-        Ok(is_done)
+        Ok(is_done && !many_went)
+    }
+
+    /// The next of those that were kept, from the first one again after the last.
+    fn kept_in_turn(&self) -> Vec<PaymentId> {
+        let mut looked_again = locked(&self.looked_again);
+        let kept = |beyond| self.shared.horizon.kept_beyond(beyond, LOOK_AGAIN);
+        let mut next = kept(*looked_again);
+        if next.is_empty() {
+            next = kept(None);
+        }
+        *looked_again = next.last().copied();
+        next
     }
 
     fn lapse(&self, now: Timestamp) -> Result<(), StoreError> {

@@ -17,6 +17,8 @@ use crate::domain::{ids::PaymentId, payment::Payment, time::Timestamp};
 
 /// Payments judged in one go, to bound memory.
 const LOOK_AHEAD: usize = 8_000;
+/// Reservations whose draws may be forgotten with it: the writer looks for what is left of each.
+const DREW_MAX: usize = 500;
 /// A settled payment that has changed of late stays for a while yet. The horizon waits so long for such
 /// ones before it passes them.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -35,7 +37,7 @@ pub struct Judge<'a> {
     has_ended: bool,
 }
 
-enum Verdict {
+enum Fate {
     Goes {
         early: bool,
     },
@@ -87,25 +89,24 @@ impl<'a> Judge<'a> {
     /// At a payment that was kept.
     pub fn look_again(&mut self, id: PaymentId) -> Result<(), StoreError> {
         match self.shared.get(id) {
-            Ok(Some(stored)) => {
-                if let Verdict::Goes { early } = self.verdict(&stored.payment) {
-                    self.goes(&stored.payment, early);
-                }
-                Ok(())
-            }
-            Ok(None) | Err(StoreError::Corrupt(_)) => Ok(()),
-            Err(error) => Err(error),
+            Ok(Some(Versioned { payment, .. })) => match self.fate(&payment) {
+                Fate::Goes { early } => self.goes(&payment, early),
+                Fate::Stays | Fate::NotYet => {}
+            },
+            Ok(None) | Err(StoreError::Corrupt(_)) => {}
+            Err(error) => return Err(error),
         }
+        Ok(())
     }
 
     /// At the next payments above the horizon.
     pub fn look_ahead(&mut self) -> Result<(), StoreError> {
         for Row { id, terms, state } in self.rows()? {
             match record::payment(&terms, state.as_deref()) {
-                Ok(Versioned { payment, .. }) => match self.verdict(&payment) {
-                    Verdict::Goes { early } => self.goes(&payment, early),
-                    Verdict::Stays => self.passed.kept.push(id),
-                    Verdict::NotYet => {
+                Ok(Versioned { payment, .. }) => match self.fate(&payment) {
+                    Fate::Goes { early } => self.goes(&payment, early),
+                    Fate::Stays => self.passed.kept.push(id),
+                    Fate::NotYet => {
                         self.is_done = true;
                         return Ok(());
                     }
@@ -118,24 +119,28 @@ impl<'a> Judge<'a> {
                 Err(error) => return Err(error),
             }
             self.passed.to = id.next();
+            if self.passed.drew.len() >= DREW_MAX {
+                self.is_done = false;
+                return Ok(());
+            }
         }
         // Some of those that were enough may have to stay: then younger ones go.
         self.is_done = self.has_ended || self.surplus == 0 && self.is_done;
         Ok(())
     }
 
-    fn verdict(&self, payment: &Payment) -> Verdict {
+    fn fate(&self, payment: &Payment) -> Fate {
         let made_at = payment.terms.id.made_at();
         if !payment.is_settled() {
-            Verdict::Stays
+            Fate::Stays
         } else if self.is_expired(payment.progress.updated_at) {
-            Verdict::Goes { early: false }
+            Fate::Goes { early: false }
         } else if self.surplus > 0 {
-            Verdict::Goes { early: true }
+            Fate::Goes { early: true }
         } else if self.is_expired(made_at.plus(PATIENCE)) {
-            Verdict::Stays
+            Fate::Stays
         } else {
-            Verdict::NotYet
+            Fate::NotYet
         }
     }
 

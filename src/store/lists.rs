@@ -156,6 +156,7 @@ fn next_ids(
     at: Option<PaymentId>,
 ) -> Result<(Vec<PaymentId>, bool), StoreError> {
     let (oldest, newest) = query.bounds(at);
+    let oldest = above_horizon(shared, oldest);
     let older = query.direction == Direction::Older;
     let name = match (&query.reservation, &query.user) {
         (Some(reservation), _) => Some(shared.reservation_name(reservation)),
@@ -170,9 +171,9 @@ fn next_ids(
                 bound => bound.map(|id| record::index_key(name, id).to_vec()),
             };
             let span = Span { from: key(newest, 0), to: key(oldest, 0xff), backwards: !older };
-            let mut fresh = shared.tail.ids(name);
             let range = (oldest, newest);
-            fresh.retain(|id| range.contains(id) && shared.horizon.has(*id));
+            let is_there = |id: PaymentId| range.contains(&id) && shared.horizon.has(id);
+            let mut fresh = shared.tail.ids(name, is_there);
             let (mut ids, ended) = ids_in(shared, Table::Index, span, record::read_index_id)?;
             ids.append(&mut fresh);
             ids.sort_unstable();
@@ -186,7 +187,6 @@ fn next_ids(
             Ok((ids, ended))
         }
         None => {
-            let oldest = above_horizon(shared, oldest);
             let key = |bound: Bound<PaymentId>| bound.map(|id| id.bytes().to_vec());
             let span = Span { from: key(oldest), to: key(newest), backwards: older };
             ids_in(shared, Table::Payment, span, record::id)

@@ -124,10 +124,11 @@ pub fn index_key(name: [u8; 8], id: PaymentId) -> [u8; 24] {
     key
 }
 
-/// All keys of `Index` under a name.
-pub fn index_span(name: [u8; 8]) -> Span {
-    let key = |id: [u8; 16]| [name.as_slice(), &id].concat();
-    Span::forwards(Bound::Included(key([0; 16])), Bound::Included(key([0xff; 16])))
+/// All keys of `Index` under a name, of payments from `oldest` on.
+pub fn index_span(name: [u8; 8], oldest: PaymentId) -> Span {
+    let newest = PaymentId::from_bytes([0xff; 16]);
+    let key = |id| Bound::Included(index_key(name, id).to_vec());
+    Span::forwards(key(newest), key(oldest))
 }
 
 pub fn read_index_id(key: &[u8]) -> Result<PaymentId, StoreError> {

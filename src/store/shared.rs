@@ -264,17 +264,35 @@ impl Shared {
         // All of it is read before the book hears of any: after an error it is asked for again.
         let mut found = Vec::with_capacity(entries.len());
         for (key, dues) in entries {
-            let (at, id) = key?;
-            let id = PaymentId::from_bytes(id);
-            let dues = match dues.as_slice() {
-                // Of the first format: what it waits for is in the payment alone.
-                [] => self.get(id)?.map(|stored| Dues::of(&stored.payment)),
-                record => Some(record::read_dues(record)?),
-            };
-            found.extend(dues.map(|dues| (id, dues, Some(at))));
+            match key.and_then(|(at, id)| self.due(at, PaymentId::from_bytes(id), &dues)) {
+                Ok(due) => found.extend(due),
+                Err(StoreError::Corrupt(why)) => {
+                    // It must not hold up what waits beside it.
+                    tracing::error!(
+                        why,
+                        "an entry of what is due cannot be read; it is passed over"
+                    );
+                }
+                Err(error) => return Err(error),
+            }
         }
         self.book.has_read(to);
         self.book.note(found);
         Ok(())
+    }
+
+    /// What an entry in `Due` stands for.
+    fn due(
+        &self,
+        at: Timestamp,
+        id: PaymentId,
+        record: &[u8],
+    ) -> Result<Option<(PaymentId, Dues, Option<Timestamp>)>, StoreError> {
+        let dues = match record {
+            // Of the first format: what it waits for is in the payment alone.
+            [] => self.get(id)?.map(|stored| Dues::of(&stored.payment)),
+            record => Some(record::read_dues(record)?),
+        };
+        Ok(dues.map(|dues| (id, dues, Some(at))))
     }
 }

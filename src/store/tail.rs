@@ -87,11 +87,11 @@ impl Tail {
         layers.fresh.key(key).or_else(|| leaving?.key(key))
     }
 
-    /// The payments of a name, in no order. To be asked before the table, as above.
-    pub fn ids(&self, name: [u8; 8]) -> Vec<PaymentId> {
+    /// The payments of a name that are wanted, in no order. To be asked before the table, as above.
+    pub fn ids(&self, name: [u8; 8], is_wanted: impl Fn(PaymentId) -> bool) -> Vec<PaymentId> {
         let layers = self.layers();
         let all = std::iter::once(&layers.fresh).chain(layers.leaving.as_deref());
-        all.flat_map(|layer| layer.ids(name)).collect()
+        all.flat_map(|layer| layer.ids(name)).filter(|id| is_wanted(*id)).collect()
     }
 
     /// The oldest payment that may be missing in the tables.
@@ -202,12 +202,12 @@ mod tests {
         let id = |n| derived(n, 0).id;
         assert_eq!(tail.key(KeyHash([7; 16])).unwrap().1, id(4), "the newer one holds");
         assert_eq!(tail.key(KeyHash([8; 16])).unwrap().1, id(2));
-        assert_eq!(tail.ids([1; 8]).len(), 3);
+        assert_eq!(tail.ids([1; 8], |_| true).len(), 3);
         assert_eq!((tail.oldest(), tail.waiting(), tail.payments()), (Some(id(2)), 1, 3));
         assert!(Arc::ptr_eq(&leaving, &tail.leave()), "as long as it has not left");
         tail.has_left();
         assert_eq!(tail.key(KeyHash([8; 16])), None);
-        assert_eq!((tail.oldest(), tail.ids([1; 8])), (Some(id(4)), vec![id(4)]));
+        assert_eq!((tail.oldest(), tail.ids([1; 8], |_| true)), (Some(id(4)), vec![id(4)]));
     }
 
     #[test]

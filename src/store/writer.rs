@@ -63,7 +63,7 @@ pub enum Job {
         passed: Passed,
         answer: oneshot::Sender<usize>,
     },
-    /// Replies that lapsed by `at`, and what the `Lapse` table calls them.
+    /// Replies that lapsed, as the `Lapse` table calls them.
     Lapse {
         keys: Vec<Vec<u8>>,
         answer: oneshot::Sender<usize>,
@@ -249,6 +249,10 @@ impl Writer {
             self.marked = Stopwatch::start();
             self.marks.stage(stage, shared.book.floors(), shared.tail.oldest(), payments);
         }
+        if !stage.kept.is_empty() {
+            // Known before their rows can be seen, lest those be dropped.
+            shared.horizon.moved(None, &stage.kept, &[]);
+        }
         let took = Stopwatch::start();
         if let Err(error) = shared.tables.write(&stage.batch) {
             shared.fail(&error);
@@ -258,8 +262,8 @@ impl Writer {
         shared.payments.store(payments, Ordering::Relaxed);
         shared.open.note(stage.waiting.drain(..), stage.done.drain(..));
         shared.tail.add(stage.derived.drain(..));
-        if stage.horizon.is_some() || !stage.kept.is_empty() {
-            shared.horizon.moved(stage.horizon, &stage.kept, &stage.gone);
+        if stage.horizon.is_some() {
+            shared.horizon.moved(stage.horizon, &[], &stage.gone);
         }
         shared.book.note(stage.dues.drain(..));
         if stage.commits > 0 {
@@ -450,8 +454,9 @@ impl Writer {
             id >= horizon || stage.kept.contains(&id) || was_kept
         };
         let name = shared.reservation_name(reservation);
-        let mut left = shared.tail.ids(name).into_iter().any(stays);
-        let read = shared.scan(Table::Index, record::index_span(name), &mut |key, _| {
+        let mut left = !shared.tail.ids(name, stays).is_empty();
+        let span = record::index_span(name, shared.horizon.floor());
+        let read = shared.scan(Table::Index, span, &mut |key, _| {
             left |= record::read_index_id(key).map_or(true, stays);
             if left { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
         });
