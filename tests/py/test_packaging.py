@@ -97,7 +97,7 @@ def test_compose_runs_the_emulator_that_the_tests_run():
 
 TARGETS = """help run build test lint ci bench docker-build docker-run perf-test grpcui status dev-deps clean
 crash-test bench-store bench-footprint bench-webhooks bench-requests bench-creates bench-creates-memory bench-gets
-bench-open-loop bench-smoke bench-delivery bench-courier bench-whole bench-lateness k8s demo-aws""".split()
+bench-open-loop bench-smoke bench-test bench-delivery bench-courier bench-whole bench-lateness k8s demo-aws""".split()
 
 
 def make(*arguments):
