@@ -93,9 +93,9 @@ fn death(webhook: &Delivery) -> Option<Death> {
     Some(Death { at, why: why.to_owned(), attempts_made: webhook.attempts_made })
 }
 
-/// An attempt that is over, with the claim that is given back once it is written down.
+/// An attempt that is over, with the lease that is given back once it is written down.
 pub struct Done {
-    claim: Claim,
+    lease: Lease,
     n: u32,
     channel: Channel,
     attempted: Attempted,

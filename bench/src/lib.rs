@@ -3,6 +3,7 @@
 //! the kernel says of a process.
 
 pub mod client;
+pub mod companion;
 pub mod echo;
 pub mod figure;
 pub mod filling;

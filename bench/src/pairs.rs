@@ -10,7 +10,7 @@ use std::{net::SocketAddr, time::Duration};
 use serde_json::{Value, json};
 
 use crate::{
-    echo::Echo,
+    companion::Companion,
     figure::{self, Spread},
     gauge::process_cpu_us,
     load::{Load, Report},
@@ -35,7 +35,7 @@ impl Server for Service {
     }
 }
 
-impl Server for Echo {
+impl Server for Companion {
     fn address(&self) -> SocketAddr {
         self.address()
     }
@@ -108,7 +108,7 @@ impl Pairs {
     /// Where a server does not start or breaks connections.
     pub fn measure<S: Server>(
         &self,
-        echo: impl Fn() -> Result<Echo, String>,
+        echo: impl Fn() -> Result<Companion, String>,
         service: impl Fn() -> Result<S, String>,
     ) -> Result<bool, String> {
         if self.pairs == 0 {

@@ -4,9 +4,8 @@
 
 use std::{
     convert::Infallible,
-    io::{BufRead, BufReader, Read, Write},
+    io::{Read, Write},
     net::{Ipv4Addr, SocketAddr, TcpStream},
-    process::{Child, Command, Stdio},
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering},
@@ -19,7 +18,7 @@ use tokio::{
     task::JoinSet,
 };
 
-use crate::service::beside;
+use crate::companion::Companion;
 
 /// A call of `PutEvents` has no more entries.
 const ENTRIES_MAX: usize = 10;
@@ -30,10 +29,7 @@ const LENGTH: &[u8] = b"content-length:";
 const BUFFER_BYTES: usize = 16 * 1024;
 
 /// `bin/sink.rs`; ends with this value.
-pub struct Sink {
-    child: Child,
-    address: SocketAddr,
-}
+pub struct Sink(Companion);
 
 /// How many have arrived, repeats included.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -46,40 +42,31 @@ impl Sink {
     /// # Errors
     /// Where it does not start.
     pub fn start() -> Result<Self, String> {
-        let binary = beside("sink")?;
-        let started = Command::new(&binary).stdout(Stdio::piped()).spawn();
-        let mut child = started.map_err(|error| format!("{}: {error}", binary.display()))?;
-        let mut line = String::new();
-        if let Some(output) = child.stdout.take() {
-            BufReader::new(output).read_line(&mut line).map_err(|error| error.to_string())?;
-        }
-        let address = line.trim().parse();
-        let address = address.map_err(|_| format!("{} does not start", binary.display()))?;
-        Ok(Self { child, address })
+        Companion::start("sink", &[]).map(Self)
     }
 
     pub fn address(&self) -> SocketAddr {
-        self.address
+        self.0.address()
     }
 
     pub fn pid(&self) -> u32 {
-        self.child.id()
+        self.0.pid()
     }
 
     pub fn webhook_url(&self) -> String {
-        format!("http://{}/hooks/payment", self.address)
+        format!("http://{}/hooks/payment", self.address())
     }
 
     /// For `AWS_ENDPOINT_URL`.
     pub fn aws_url(&self) -> String {
-        format!("http://{}", self.address)
+        format!("http://{}", self.address())
     }
 
     /// # Errors
     /// Where it no longer answers.
     pub fn received(&self) -> Result<Received, String> {
         let ask = || {
-            let mut stream = TcpStream::connect(self.address)?;
+            let mut stream = TcpStream::connect(self.address())?;
             stream.write_all(b"GET / HTTP/1.1\r\n\r\n")?;
             let mut reply = String::new();
             stream.read_to_string(&mut reply).map(|_| reply)
@@ -90,13 +77,6 @@ impl Sink {
             (Some(Ok(webhooks)), Some(Ok(events))) => Ok(Received { webhooks, events }),
             _ => Err(format!("the sink answers {reply:?}")),
         }
-    }
-}
-
-impl Drop for Sink {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
     }
 }
 

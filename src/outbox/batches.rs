@@ -169,9 +169,11 @@ impl Batches {
             drop(place);
             outcome.shared.store.changed(outcome.mail.work()).notify_one();
             let channel = outcome.mail.channel();
-            for ((claim, parcel), attempted) in claims.into_iter().zip(parcels).zip(attempts) {
+            for ((Claim { lease, .. }, parcel), attempted) in
+                claims.into_iter().zip(parcels).zip(attempts)
+            {
                 // Only gone when the process ends; what is not written down is still owed.
-                let _ = done.send(Done { claim, n: parcel.n, channel, attempted }).await;
+                let _ = done.send(Done { lease, n: parcel.n, channel, attempted }).await;
             }
         });
     }

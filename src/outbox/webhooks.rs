@@ -101,8 +101,8 @@ impl Webhooks {
             let Some(claim) = claim else { continue };
             let Some(parcel) = claim.parcel(Channel::Webhook, now) else { continue };
             match place {
-                Some(place) => self.start(claim, parcel, place, now),
-                None => self.withhold(claim, parcel.n, now).await,
+                Some(place) => self.start(claim.lease, parcel, place, now),
+                None => self.withhold(claim.lease, parcel.n, now).await,
             }
         }
         Ok(taken_in + gone)
@@ -131,7 +131,7 @@ impl Webhooks {
         self.sender.lanes().next(now)
     }
 
-    fn start(&self, claim: Claim, parcel: Parcel, mut place: Place, now: Timestamp) {
+    fn start(&self, lease: Lease, parcel: Parcel, mut place: Place, now: Timestamp) {
         self.attempts.spawn(async move {
             let sender = Arc::clone(&place.sender);
             let took = Stopwatch::start();
@@ -150,19 +150,19 @@ impl Webhooks {
             sender.shared.metrics.webhook_attempted(result, took.elapsed());
             // Only gone when the process ends; the webhook is then still owed.
             let channel = Channel::Webhook;
-            let _ = sender.done.send(Done { claim, n: parcel.n, channel, attempted }).await;
+            let _ = sender.done.send(Done { lease, n: parcel.n, channel, attempted }).await;
         });
     }
 
     /// Counts an attempt that was not made, so that what goes to a dead origin dies on schedule.
-    async fn withhold(&self, claim: Claim, n: u32, now: Timestamp) {
+    async fn withhold(&self, lease: Lease, n: u32, now: Timestamp) {
         self.sender.shared.metrics.webhook_withheld();
         let error = Some(ORIGIN_DOWN.to_owned());
         let attempt = Attempt { at: now, http_status: None, latency_ms: 0, error };
         let attempted = Attempted { attempt, verdict: Verdict::Retry { not_before: None } };
         let channel = Channel::Webhook;
         // As above.
-        let _ = self.sender.done.send(Done { claim, n, channel, attempted }).await;
+        let _ = self.sender.done.send(Done { lease, n, channel, attempted }).await;
     }
 }
 

@@ -587,14 +587,14 @@ async fn what_changes_while_it_is_judged_stays(bed: Bed) {
     bed.create(&late).await.unwrap();
     let ids = [changed.terms.id, gone.terms.id];
     let (answer, answered) = tokio::sync::oneshot::channel();
-    let passed = writer::Passed {
+    let judged = writer::Judged {
         to: gone.terms.id.next(),
         gone: ids.to_vec(),
         kept: Vec::new(),
         dead: Vec::new(),
         drew: Default::default(),
     };
-    job(writer::Job::Pass { passed, answer });
+    job(writer::Job::Pass { judged, answer });
     assert_eq!(answered.await.unwrap(), 1);
     assert!(bed.get(&changed).await.is_some());
     assert!(bed.get(&late).await.is_some(), "it came meanwhile, with an older id");

@@ -12,7 +12,8 @@ use std::{
 
 use crate::domain::ids::PaymentId;
 
-/// Moved only by what is on the disk already.
+/// The mark moves when that is on the disk. Who is kept may be known here before: a failed commit ends the
+/// process.
 #[derive(Default)]
 pub struct Horizon {
     /// The first half of the mark: most ids are told from it without the lock.

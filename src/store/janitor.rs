@@ -255,11 +255,11 @@ impl Work {
             judge.look_again(*id)?;
         }
         // As long as many of them go, the next ones have their turn at once.
-        let many_went = judge.passed.gone.len() > LOOK_AGAIN / 8;
+        let many_went = judge.judged.gone.len() > LOOK_AGAIN / 8;
         judge.look_ahead()?;
-        let Judge { passed, early, is_done, .. } = judge;
-        let due = u64::try_from(passed.gone.len()).unwrap_or(u64::MAX);
-        let went = self.run(|answer| Job::Pass { passed, answer })? as u64;
+        let Judge { judged, early, is_done, .. } = judge;
+        let due = u64::try_from(judged.gone.len()).unwrap_or(u64::MAX);
+        let went = self.run(|answer| Job::Pass { judged, answer })? as u64;
         if early > 0 {
             (self.on_dropped_early)(early.saturating_sub(due - went));
         }

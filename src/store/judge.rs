@@ -11,7 +11,7 @@ use super::{
     StoreError, Versioned, record,
     shared::Shared,
     tables::{Span, Table},
-    writer::Passed,
+    writer::Judged,
 };
 use crate::domain::{ids::PaymentId, payment::Payment, time::Timestamp};
 
@@ -28,7 +28,7 @@ pub struct Judge<'a> {
     now: Timestamp,
     /// How many must go before their time.
     surplus: u64,
-    pub passed: Passed,
+    pub judged: Judged,
     /// How many of those that go do so before their time.
     pub early: u64,
     /// There is nothing more to judge for now.
@@ -56,14 +56,14 @@ struct Row {
 impl<'a> Judge<'a> {
     pub fn new(shared: &'a Shared, now: Timestamp, surplus: u64) -> Self {
         let to = shared.horizon.mark();
-        let passed = Passed {
+        let judged = Judged {
             to,
             gone: Vec::new(),
             kept: Vec::new(),
             dead: Vec::new(),
             drew: BTreeSet::new(),
         };
-        Self { shared, now, surplus, passed, early: 0, is_done: true, has_ended: true }
+        Self { shared, now, surplus, judged, early: 0, is_done: true, has_ended: true }
     }
 
     /// Whether the oldest payment above the horizon may go.
@@ -105,7 +105,7 @@ impl<'a> Judge<'a> {
             match record::payment(&terms, state.as_deref()) {
                 Ok(Versioned { payment, .. }) => match self.fate(&payment) {
                     Fate::Goes { early } => self.goes(&payment, early),
-                    Fate::Stays => self.passed.kept.push(id),
+                    Fate::Stays => self.judged.kept.push(id),
                     Fate::NotYet => {
                         self.is_done = true;
                         return Ok(());
@@ -114,12 +114,12 @@ impl<'a> Judge<'a> {
                 Err(StoreError::Corrupt(why)) => {
                     // It stays, and what is behind it goes all the same.
                     tracing::debug!(payment = id.intent(), why, "a payment cannot be read");
-                    self.passed.kept.push(id);
+                    self.judged.kept.push(id);
                 }
                 Err(error) => return Err(error),
             }
-            self.passed.to = id.next();
-            if self.passed.drew.len() >= DREW_MAX {
+            self.judged.to = id.next();
+            if self.judged.drew.len() >= DREW_MAX {
                 self.is_done = false;
                 return Ok(());
             }
@@ -148,12 +148,12 @@ impl<'a> Judge<'a> {
         let terms = &payment.terms;
         self.surplus = self.surplus.saturating_sub(1);
         self.early += u64::from(early);
-        self.passed.gone.push(terms.id);
+        self.judged.gone.push(terms.id);
         if payment.has_dead() {
-            self.passed.dead.push(terms.id);
+            self.judged.dead.push(terms.id);
         }
         if terms.idempotency.is_none() && terms.plan.scenario.draws() {
-            self.passed.drew.insert(terms.reservation_id.clone());
+            self.judged.drew.insert(terms.reservation_id.clone());
         }
     }
 

@@ -15,8 +15,8 @@ use crate::domain::{
     time::Timestamp,
 };
 
-/// What one sync is about to make true. Its maps are keyed by what is made here or hashed with our
-/// secret: nobody outside can choose entries that collide.
+/// Its maps are keyed by what is made here or hashed with our secret: nobody outside can choose entries
+/// that collide.
 #[derive(Default)]
 pub struct Stage {
     pub batch: Batch,

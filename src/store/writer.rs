@@ -60,7 +60,7 @@ pub enum Job {
     },
     /// What retention has found; answered with how many payments went.
     Pass {
-        passed: Passed,
+        judged: Judged,
         answer: oneshot::Sender<usize>,
     },
     /// Replies that lapsed, as the `Lapse` table calls them.
@@ -87,7 +87,7 @@ impl Job {
     fn commits(&self) -> usize {
         match self {
             Self::Commit { commits, .. } => commits.len(),
-            Self::Pass { passed, .. } => passed.kept.len(),
+            Self::Pass { judged, .. } => judged.kept.len(),
             Self::Lapse { keys, .. } => keys.len(),
             Self::Watch { .. } | Self::Load { .. } | Self::Marks | Self::Close { .. } => 0,
         }
@@ -96,7 +96,7 @@ impl Job {
 
 /// Payments that retention has judged: all from the horizon's mark up to `to`, and some that it kept
 /// before. What has changed since the watch began stays all the same.
-pub struct Passed {
+pub struct Judged {
     pub to: PaymentId,
     pub gone: Vec<PaymentId>,
     /// Those below `to` that stay.
@@ -198,7 +198,7 @@ impl Writer {
                     // Answered when what came before it can be read.
                     counts.push((answer, 0));
                 }
-                Job::Pass { passed, answer } => passes.push((answer, passed)),
+                Job::Pass { judged, answer } => passes.push((answer, judged)),
                 Job::Lapse { keys, answer } => {
                     counts.push((answer, self.stage_lapses(&mut stage, keys)));
                 }
@@ -210,8 +210,8 @@ impl Writer {
             }
         }
         // Last: what else is in this batch counts as a change since the watch began.
-        for (answer, passed) in passes {
-            counts.push((answer, self.stage_pass(&mut stage, passed)));
+        for (answer, judged) in passes {
+            counts.push((answer, self.stage_pass(&mut stage, judged)));
         }
         #[cfg(feature = "faults")]
         super::faults::before_commit(&*self.shared.tables, &mut stage.batch, || {
@@ -413,8 +413,8 @@ impl Writer {
 
     /// Moves the horizon. What goes takes nothing with it but its row in `Dead`, and with a reservation's
     /// last payment its counter.
-    fn stage_pass(&mut self, stage: &mut Stage, passed: Passed) -> usize {
-        let Passed { to, gone, kept, dead, drew } = passed;
+    fn stage_pass(&mut self, stage: &mut Stage, judged: Judged) -> usize {
+        let Judged { to, gone, kept, dead, drew } = judged;
         let watched = self.watched.take().unwrap_or_default();
         if gone.is_empty() && kept.is_empty() {
             return 0;

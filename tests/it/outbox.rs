@@ -20,10 +20,15 @@ use payment_sim::{
         time::Timestamp,
     },
     driver::Step,
-    outbox::{Batches, Finisher, Jitter, Mail, Policies, RETRIES, Shared, WebhookLimits, Webhooks},
+    outbox::{
+        Batches, Done, Finisher, Jitter, Mail, Policies, RETRIES, Shared, WebhookLimits, Webhooks,
+    },
     store::Work,
 };
-use tokio::{sync::Semaphore, task::JoinSet};
+use tokio::{
+    sync::{Semaphore, mpsc},
+    task::JoinSet,
+};
 
 use crate::support::{
     bare::{new_payment, outbox},
@@ -37,6 +42,13 @@ struct Held {
     calls: Mutex<Vec<Vec<(PaymentId, u32)>>>,
     ends: Semaphore,
     verdict: Mutex<Verdict>,
+}
+
+impl Held {
+    fn with(verdict: Verdict) -> Arc<Self> {
+        let (calls, ends) = (Mutex::default(), Semaphore::new(0));
+        Arc::new(Self { calls, ends, verdict: Mutex::new(verdict) })
+    }
 }
 
 #[async_trait]
@@ -60,6 +72,19 @@ impl Courier for Held {
     }
 }
 
+fn jitter() -> Jitter {
+    Arc::new(|| 1.0)
+}
+
+/// A finisher at work, and where results are sent to it.
+fn finishing(shared: &Shared) -> (JoinSet<()>, mpsc::Sender<Done>) {
+    let policies = Policies { batched: RETRIES, webhook: RETRIES };
+    let (finisher, done) = Finisher::new(shared.clone(), policies, jitter());
+    let mut finishing = JoinSet::new();
+    finishing.spawn(finisher.run());
+    (finishing, done)
+}
+
 struct Bed {
     clock: ManualClock,
     shared: Shared,
@@ -73,18 +98,10 @@ impl Bed {
     fn new() -> Self {
         let clock = ManualClock::at_ms(START_MS);
         let (shared, app) = outbox(&clock);
-        let courier = Arc::new(Held {
-            calls: Mutex::default(),
-            ends: Semaphore::new(0),
-            verdict: Mutex::new(Verdict::Accepted),
-        });
-        let jitter: Jitter = Arc::new(|| 1.0);
-        let policies = Policies { batched: RETRIES, webhook: RETRIES };
-        let (finisher, done) = Finisher::new(shared.clone(), policies, Arc::clone(&jitter));
-        let mut finishing = JoinSet::new();
-        finishing.spawn(finisher.run());
+        let courier = Held::with(Verdict::Accepted);
+        let (finishing, done) = finishing(&shared);
         let mail = Mail::Events("eventbridge");
-        let events = Batches::new(shared.clone(), courier.clone(), mail, jitter, done);
+        let events = Batches::new(shared.clone(), courier.clone(), mail, jitter(), done);
         Self { clock, shared, app, courier, events, finishing }
     }
 
@@ -218,18 +235,10 @@ async fn a_sink_that_is_down_is_left_alone_and_then_probed_by_one_call() {
 async fn what_came_of_attempts_is_all_kept_and_undoes_no_change() {
     let clock = ManualClock::at_ms(START_MS);
     let (shared, app) = outbox(&clock);
-    let courier = Arc::new(Held {
-        calls: Mutex::default(),
-        ends: Semaphore::new(0),
-        verdict: Mutex::new(Verdict::Accepted),
-    });
-    let jitter: Jitter = Arc::new(|| 1.0);
-    let policies = Policies { batched: RETRIES, webhook: RETRIES };
-    let (finisher, done) = Finisher::new(shared.clone(), policies, Arc::clone(&jitter));
-    let mut finishing = JoinSet::new();
-    finishing.spawn(finisher.run());
+    let courier = Held::with(Verdict::Accepted);
+    let (mut finishing, done) = finishing(&shared);
     let mail = Mail::Events("eventbridge");
-    let events = Batches::new(shared.clone(), courier.clone(), mail, jitter, done.clone());
+    let events = Batches::new(shared.clone(), courier.clone(), mail, jitter(), done.clone());
     let limits = WebhookLimits { concurrency: 100, origin_concurrency: 10, origin_max_rps: None };
     let webhooks = Webhooks::new(shared.clone(), courier.clone(), limits, done);
     let webhook_url = Some("http://shop.example/hook".to_owned());
@@ -266,16 +275,8 @@ async fn a_step_takes_so_many_of_a_backlog_and_no_more() {
     const BACKLOG: usize = 1_500;
     let clock = ManualClock::at_ms(START_MS);
     let (shared, app) = outbox(&clock);
-    let courier = Arc::new(Held {
-        calls: Mutex::default(),
-        ends: Semaphore::new(0),
-        verdict: Mutex::new(Verdict::Retry { not_before: None }),
-    });
-    let jitter: Jitter = Arc::new(|| 1.0);
-    let policies = Policies { batched: RETRIES, webhook: RETRIES };
-    let (finisher, done) = Finisher::new(shared.clone(), policies, Arc::clone(&jitter));
-    let mut finishing = JoinSet::new();
-    finishing.spawn(finisher.run());
+    let courier = Held::with(Verdict::Retry { not_before: None });
+    let (mut finishing, done) = finishing(&shared);
     let limits = WebhookLimits { concurrency: 100, origin_concurrency: 10, origin_max_rps: None };
     let webhooks = Webhooks::new(shared.clone(), courier.clone(), limits, done);
     for _ in 0..BACKLOG {

@@ -6,9 +6,7 @@
 use std::process::ExitCode;
 
 use bench::{
-    argument, check_arguments,
-    echo::Echo,
-    exit_code,
+    argument, check_arguments, echo, exit_code,
     load::{Kind, Load},
     pairs::Pairs,
     subject::Subject,
@@ -44,5 +42,5 @@ fn run() -> Result<bool, String> {
     let reply = subject.reply(&load.calls)?;
     let calls = load.calls;
     let pairs = Pairs { name, least, pairs: argument("pairs", pairs)?, load };
-    pairs.measure(|| Echo::start(&calls, &reply), || subject.service())
+    pairs.measure(|| echo::start(&calls, &reply), || subject.service())
 }

@@ -7,9 +7,7 @@
 use std::{path::PathBuf, process::ExitCode};
 
 use bench::{
-    argument, check_arguments,
-    echo::Echo,
-    exit_code,
+    argument, check_arguments, echo, exit_code,
     filling::Filling,
     load::{Kind, Load},
     on_a_runtime,
@@ -44,5 +42,5 @@ fn run() -> Result<bool, String> {
     let reply = subject.reply(&load.calls)?;
     let calls = load.calls;
     let pairs = Pairs { name: "gets", least: 0.70, pairs: argument("pairs", 5)?, load };
-    pairs.measure(|| Echo::start(&calls, &reply), || subject.service())
+    pairs.measure(|| echo::start(&calls, &reply), || subject.service())
 }

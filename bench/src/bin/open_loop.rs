@@ -7,9 +7,7 @@
 use std::{process::ExitCode, time::Duration};
 
 use bench::{
-    argument, check_arguments,
-    echo::Echo,
-    exit_code,
+    argument, check_arguments, echo, exit_code,
     figure::{self, Spread},
     load::{Kind, Load, Report, page},
     pairs::Round,
@@ -68,7 +66,7 @@ fn highest_rate(subject: &Subject, load: &Load, asked: u64) -> Result<(u64, Roun
     let mut rate = asked;
     loop {
         let load = Load { rate: Some(rate), duration: PROBE, ..load.clone() };
-        let round = Round::measure(&Echo::start(&load.calls, &reply)?, &load)?;
+        let round = Round::measure(&echo::start(&load.calls, &reply)?, &load)?;
         show(&format!("echo at {rate}/s"), &round);
         let next = (rate as f64 * STEP) as u64;
         if keeps_up(&round.report) || next == 0 {
