@@ -32,7 +32,8 @@ use tower::Service as _;
 
 use crate::api;
 use crate::api::error::{Failure, Reason};
-use crate::api::pb::payment::v1::payment_service_server::{PaymentService, PaymentServiceServer};
+use crate::api::pb::payment::v1::payment_service_server::PaymentService;
+use crate::api::unary;
 use crate::clock::Stopwatch;
 use crate::domain::payment::Trace;
 use crate::domain::validation::Violation;
@@ -40,7 +41,7 @@ use crate::log_budget::LogBudget;
 use crate::metrics::{GRPC_METHODS, Metrics, UNKNOWN_METHOD};
 use crate::slot::{ReleaseAtEnd, Slot};
 
-use replies::Untaken;
+use replies::{NoRoom, Reply, Untaken};
 
 /// The service that is matched first; everything else goes through tonic's router.
 const PAYMENTS_PREFIX: &str = "/payment.v1.PaymentService/";
@@ -122,15 +123,11 @@ struct Connection<T> {
     untaken: Untaken,
 }
 
-/// A handler at work. Boxed by whoever made it, so that the request and all that becomes of it are moved
-/// about as a pointer.
-type Handler = Pin<Box<dyn Future<Output = Result<Response<Body>, Infallible>> + Send>>;
-
 /// Everything behind the gRPC port. Clones are handles of one.
 pub struct Edge<T>(Arc<Shared<T>>);
 
 struct Shared<T> {
-    payments: PaymentServiceServer<T>,
+    payments: T,
     routes: Routes,
     limits: EdgeLimits,
     slots: Arc<Semaphore>,
@@ -150,7 +147,7 @@ impl<T: PaymentService> Edge<T> {
     /// `routes` is what is behind the payment service: see [`api::routes`].
     pub fn new(payments: T, routes: Routes, limits: EdgeLimits, observe: Arc<dyn Observe>) -> Self {
         Self(Arc::new(Shared {
-            payments: api::payment_server(payments),
+            payments,
             routes: routes.prepare(),
             slots: Arc::new(Semaphore::new(limits.max_in_flight)),
             untaken: Arc::new(Semaphore::new(limits.untaken_max)),
@@ -172,7 +169,7 @@ impl<T: PaymentService> Edge<T> {
         ending: CancellationToken,
     ) -> impl Service<
         Request<B>,
-        Response = Response<Body>,
+        Response = Response<Reply>,
         Error = Infallible,
         Future: Send + 'static,
     >
@@ -186,7 +183,8 @@ impl<T: PaymentService> Edge<T> {
         let untaken = Untaken::new(self.0.limits.connection_untaken_max, &self.0.untaken);
         // Counted by Arc: a token's own clone takes a lock, and only streams want one.
         let connection = Arc::new(Connection { edge: self.clone(), ending, untaken });
-        service_fn(move |request| answer(Arc::clone(&connection), request))
+        // Boxed: whoever runs it moves it about several times, the request with all that becomes of it.
+        service_fn(move |request| Box::pin(answer(Arc::clone(&connection), request)))
     }
 
     /// Takes a place for a request and finds its deadline; streams have none.
@@ -198,7 +196,7 @@ impl<T: PaymentService> Edge<T> {
         check_protocol(request)?;
         let wanted = grpc_timeout(request.headers())?;
         if !untaken.has_room() {
-            return Err(too_much_untaken());
+            return Err(too_much_untaken(NoRoom));
         }
         // Health needs none; for the rest it is held until the handler has ended, however it ends.
         let place = if request.uri().path().starts_with(HEALTH_PREFIX) {
@@ -212,96 +210,123 @@ impl<T: PaymentService> Edge<T> {
         Ok((place, wanted.map_or(longest, |wanted| wanted.min(longest))))
     }
 
-    fn route<B>(&self, request: Request<B>) -> Handler
+    async fn handle<B>(
+        &self,
+        request: Request<B>,
+        method: &'static str,
+        deadline: Duration,
+        Connection { untaken, ending, .. }: &Connection<T>,
+    ) -> Result<Response<Reply>, Refusal>
     where
         B: http_body::Body<Data = Bytes> + Send + 'static,
         B::Error: Into<Box<dyn Error + Send + Sync>> + Send,
     {
-        if request.uri().path().starts_with(PAYMENTS_PREFIX) {
-            self.0.payments.clone().call(request)
-        } else {
-            let mut routes = self.0.routes.clone();
-            Box::pin(async move { routes.call(request).await })
+        let path = request.uri().path();
+        if path.starts_with(PAYMENTS_PREFIX) {
+            let call = pin!(unary::call(&self.0.payments, method, request));
+            let count = |message| untaken.count(message).map_err(too_much_untaken);
+            return self.within(deadline, pin!(async { map_body(call.await?, count) })).await;
         }
+        let stream = STREAMS.contains(&path);
+        let mut routes = self.0.routes.clone();
+        // These are few: what they need is kept out of every other call's way.
+        let mut call = Box::pin(async move {
+            let Ok(response) = routes.call(request).await;
+            response
+        });
+        if stream {
+            let response = self.survive(call.as_mut()).await?;
+            return map_body(response, |body| Ok(Body::new(Ending::new(body, ending.clone()))));
+        }
+        let mut encoded = Box::pin(async {
+            let response = in_our_words(call.await);
+            untaken.encode(response).await.map_err(too_much_untaken)
+        });
+        self.within(deadline, encoded.as_mut()).await
     }
 
-    async fn handle(
+    async fn within<R>(
         &self,
-        mut handler: Handler,
-        deadline: Option<Duration>,
-        untaken: &Untaken,
-    ) -> Result<Response<Body>, Refusal> {
-        let handled = match deadline {
-            None => {
-                let answered = survive(handler.as_mut()).await;
-                answered.map(|answered| answered.map_err(|never| match never {}))
+        deadline: Duration,
+        work: Pin<&mut impl Future<Output = Result<R, Refusal>>>,
+    ) -> Result<R, Refusal> {
+        timeout(deadline, self.survive(work)).await.map_err(|_elapsed| too_late(deadline))??
+    }
+
+    /// Runs a handler and counts its panic, should it end in one.
+    async fn survive<R>(
+        &self,
+        mut handler: Pin<&mut impl Future<Output = R>>,
+    ) -> Result<R, Refusal> {
+        let answered = poll_fn(|cx| {
+            // Unwind safe: a handler that has panicked is dropped and never polled again, and what it
+            // shared is guarded by its own locks; a panic inside the store aborts the process before it
+            // gets here.
+            match catch_unwind(AssertUnwindSafe(|| handler.as_mut().poll(cx))) {
+                Ok(Poll::Pending) => Poll::Pending,
+                Ok(Poll::Ready(result)) => Poll::Ready(Ok(result)),
+                Err(panic) => Poll::Ready(Err(panic_text(panic.as_ref()))),
             }
-            Some(deadline) => {
-                let unary = pin!(async {
-                    let Ok(response) = handler.await;
-                    untaken.count(response).await
-                });
-                timeout(deadline, survive(unary)).await.map_err(|_elapsed| too_late(deadline))?
-            }
-        };
-        let response = handled.map_err(|panic| {
+        });
+        answered.await.map_err(|panic| {
             self.0.observe.panicked();
-            Refusal::from(Failure::internal(format!("a handler panicked: {panic}")))
-        })?;
-        response.map_err(|replies::NoRoom| too_much_untaken())
+            Failure::internal(format!("a handler panicked: {panic}")).into()
+        })
     }
 }
 
 async fn answer<T, B>(
     connection: Arc<Connection<T>>,
     mut request: Request<B>,
-) -> Result<Response<Body>, Infallible>
+) -> Result<Response<Reply>, Infallible>
 where
     T: PaymentService,
     B: http_body::Body<Data = Bytes> + Send + 'static,
     B::Error: Into<Box<dyn Error + Send + Sync>> + Send,
 {
-    let Connection { edge, ending, untaken } = &*connection;
+    let edge = &connection.edge;
     let trace = Trace::of(request.headers());
     request.extensions_mut().insert(trace);
-    let path = request.uri().path();
-    let stream = STREAMS.contains(&path);
-    let mut account = Account::open(&edge.0, labels(path), trace);
-
-    let answered = match edge.admit(&mut request, untaken) {
-        Ok((_place, deadline)) => {
-            let deadline = (!stream).then_some(deadline);
-            edge.handle(edge.route(request), deadline, untaken).await
-        }
+    let labels = labels(request.uri().path());
+    let mut account = Account::open(&edge.0, labels, trace);
+    let answered = match edge.admit(&mut request, &connection.untaken) {
+        Ok((_place, deadline)) => edge.handle(request, labels.1, deadline, &connection).await,
         Err(refusal) => Err(refusal),
     };
-    let response = match answered {
-        Ok(response) => in_our_words(response),
-        Err(refusal) => refusal.into_response(),
-    };
+    let response = answered.unwrap_or_else(Refusal::into_response);
     account.close(&response);
-    if stream {
-        Ok(response.map(|body| Body::new(Ending::new(body, ending.clone()))))
-    } else {
-        Ok(response)
-    }
+    Ok(response)
 }
 
-/// A failure and the HTTP status that it goes out with: 200, save for what is no gRPC at all.
+fn map_body<B, R: Into<Reply>>(
+    response: Response<B>,
+    map: impl FnOnce(B) -> Result<R, Refusal>,
+) -> Result<Response<Reply>, Refusal> {
+    let (head, body) = response.into_parts();
+    Ok(Response::from_parts(head, map(body)?.into()))
+}
+
+/// A refusal and the HTTP status that it goes out with: 200, save for what is no gRPC at all.
 struct Refusal {
-    failure: Box<Failure>,
+    status: Status,
     http: StatusCode,
+}
+
+impl From<Status> for Refusal {
+    fn from(status: Status) -> Self {
+        Self { status, http: StatusCode::OK }
+    }
 }
 
 impl From<Failure> for Refusal {
     fn from(failure: Failure) -> Self {
-        Self { failure: Box::new(failure), http: StatusCode::OK }
+        Status::from(failure).into()
     }
 }
 
 impl Refusal {
-    fn into_response(self) -> Response<Body> {
-        let mut response = Status::from(*self.failure).into_http();
+    fn into_response(self) -> Response<Reply> {
+        let mut response = self.status.into_http().map(|()| Reply::Nothing);
         *response.status_mut() = self.http;
         if self.http == StatusCode::METHOD_NOT_ALLOWED {
             response.headers_mut().insert(header::ALLOW, HeaderValue::from_static("POST"));
@@ -314,7 +339,7 @@ fn overloaded() -> Refusal {
     Failure::new(Reason::Overloaded, "too many requests in flight").into()
 }
 
-fn too_much_untaken() -> Refusal {
+fn too_much_untaken(_: NoRoom) -> Refusal {
     let text = "too much of earlier replies has not been taken yet";
     Failure::new(Reason::Overloaded, text).into()
 }
@@ -327,7 +352,7 @@ fn too_late(deadline: Duration) -> Refusal {
 /// Refuses what is no gRPC: browsers and probes that have the wrong port, and encodings that we don't speak.
 fn check_protocol<B>(request: &Request<B>) -> Result<(), Refusal> {
     let malformed = |http, text| {
-        Err(Refusal { failure: Box::new(Failure::new(Reason::Malformed, text)), http })
+        Err(Refusal { status: Failure::new(Reason::Malformed, text).into(), http })
     };
     if request.method() != Method::POST {
         return malformed(StatusCode::METHOD_NOT_ALLOWED, "gRPC calls are POST requests");
@@ -377,22 +402,6 @@ fn parse_timeout(value: &[u8]) -> Option<Duration> {
     }
 }
 
-/// Runs a handler and turns a panic into its text.
-async fn survive<R>(
-    mut handler: Pin<&mut (impl Future<Output = R> + ?Sized)>,
-) -> Result<R, String> {
-    poll_fn(|cx| {
-        // Unwind safe: a handler that has panicked is dropped and never polled again, and what it shared
-        // is guarded by its own locks; a panic inside the store aborts the process before it gets here.
-        match catch_unwind(AssertUnwindSafe(|| handler.as_mut().poll(cx))) {
-            Ok(Poll::Pending) => Poll::Pending,
-            Ok(Poll::Ready(result)) => Poll::Ready(Ok(result)),
-            Err(panic) => Poll::Ready(Err(panic_text(panic.as_ref()))),
-        }
-    })
-    .await
-}
-
 fn panic_text(panic: &(dyn Any + Send)) -> String {
     let text = panic.downcast_ref::<&str>().map(|text| (*text).to_owned());
     text.or_else(|| panic.downcast_ref::<String>().cloned())
@@ -400,15 +409,14 @@ fn panic_text(panic: &(dyn Any + Send)) -> String {
 }
 
 /// The code of a reply whose headers end it; one that goes on went well.
-fn code_of(response: &Response<Body>) -> Code {
-    let code = response.headers().get(&GRPC_STATUS);
-    code.map_or(Code::Ok, |code| Code::from_bytes(code.as_bytes()))
+fn code_of(headers: &HeaderMap) -> Code {
+    headers.get(&GRPC_STATUS).map_or(Code::Ok, |code| Code::from_bytes(code.as_bytes()))
 }
 
 /// tonic's own refusals of a request, in the contract's words. They are told from ours by having no
 /// google.rpc details, which every [`Failure`] has.
 fn in_our_words(response: Response<Body>) -> Response<Body> {
-    let code = code_of(&response);
+    let code = code_of(response.headers());
     if code == Code::Ok || response.headers().contains_key(&GRPC_DETAILS) {
         return response;
     }
@@ -416,12 +424,12 @@ fn in_our_words(response: Response<Body>) -> Response<Body> {
         // tonic's answer to a message over the limit.
         Code::OutOfRange => {
             let text = format!("a request is at most {} bytes", api::MAX_REQUEST_BYTES);
-            Refusal::from(Failure::new(Reason::MessageTooLarge, text)).into_response()
+            Status::from(Failure::new(Reason::MessageTooLarge, text)).into_http()
         }
         // tonic's answer to a body that is not exactly one message: none, cut off, a flag that is not 0.
         Code::Internal | Code::Unknown => {
             let text = "the body must be one whole, uncompressed gRPC message";
-            Refusal::from(Failure::new(Reason::Malformed, text)).into_response()
+            Status::from(Failure::new(Reason::Malformed, text)).into_http()
         }
         _ => response,
     }
@@ -454,8 +462,11 @@ impl<'a, T> Account<'a, T> {
         Self { shared, labels, trace, watch: Stopwatch::start(), code: Code::Cancelled }
     }
 
-    fn close(&mut self, response: &Response<Body>) {
-        self.code = code_of(response);
+    fn close(&mut self, response: &Response<Reply>) {
+        self.code = match response.body() {
+            Reply::Message(_) => Code::Ok,
+            _ => code_of(response.headers()),
+        };
         if matches!(self.code, Code::Internal | Code::Unknown) {
             self.report(response.extensions().get::<Status>());
         }

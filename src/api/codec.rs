@@ -69,7 +69,7 @@ impl<U: Message + Default> Decoder for MalformedAware<U> {
 }
 
 /// prost's text names the message and the field, which is what the caller needs.
-fn malformed(error: prost::DecodeError) -> Status {
+pub(super) fn malformed(error: prost::DecodeError) -> Status {
     Failure::new(Reason::Malformed, format!("the message does not decode: {error}")).into()
 }
 

@@ -7,12 +7,12 @@ pub mod error;
 pub mod grpc;
 pub mod simulation;
 pub mod token;
+pub mod unary;
 
 use tonic::service::{Routes, interceptor::InterceptedService};
 use tonic_health::pb::health_server::{Health, HealthServer};
 use tonic_reflection::server::Builder;
 
-use pb::payment::v1::payment_service_server::{PaymentService, PaymentServiceServer};
 use pb::simulation::v1::simulation_service_server::SimulationServiceServer;
 use simulation::Simulation;
 use token::Guard;
@@ -25,13 +25,6 @@ pub const MAX_REPLY_BYTES: usize = 1024 * 1024;
 
 /// Our files and what they import, with their comments.
 static DESCRIPTORS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/payment_sim_descriptor.bin"));
-
-/// The payment service within its message limits.
-pub fn payment_server<T: PaymentService>(payments: T) -> PaymentServiceServer<T> {
-    PaymentServiceServer::new(payments)
-        .max_decoding_message_size(MAX_REQUEST_BYTES)
-        .max_encoding_message_size(MAX_REPLY_BYTES)
-}
 
 /// The simulation service within its message limits, behind its guard.
 pub type SimulationServer = InterceptedService<SimulationServiceServer<Simulation>, Guard>;

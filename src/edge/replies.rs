@@ -6,13 +6,14 @@ use std::sync::Arc;
 use std::task::{Context, Poll};
 
 use bytes::Bytes;
-use http::Response;
-use http_body::{Body as _, Frame, SizeHint};
+use http::{HeaderMap, HeaderValue, Response};
+use http_body::{Body as _, Frame};
 use http_body_util::BodyExt;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tonic::Status;
 use tonic::body::Body;
 
+use super::GRPC_STATUS;
 use crate::api::MAX_REPLY_BYTES;
 
 /// Replies up to this are not counted. All but lists are smaller; with every connection taken by who
@@ -39,24 +40,25 @@ impl Untaken {
         self.connection.available_permits() >= MAX_REPLY_BYTES
     }
 
-    /// Encodes a unary reply, and counts it until the last of it is in the socket.
-    pub async fn count(&self, response: Response<Body>) -> Result<Response<Body>, NoRoom> {
-        if response.body().is_end_stream() {
-            return Ok(response);
-        }
+    /// Encodes a unary reply of tonic's, and counts it until the last of it is in the socket.
+    pub async fn encode(&self, response: Response<Body>) -> Result<Response<Reply>, NoRoom> {
         let (head, mut body) = response.into_parts();
+        if body.is_end_stream() {
+            return Ok(Response::from_parts(head, Reply::Nothing));
+        }
         let first = match body.frame().await {
             None => None,
             Some(Ok(frame)) => Some(Ok(match frame.into_data() {
-                Ok(bytes) => Frame::data(self.take(bytes)?),
+                Ok(bytes) => Frame::data(self.count(bytes)?),
                 Err(trailers) => trailers,
             })),
             Some(Err(status)) => Some(Err(status)),
         };
-        Ok(Response::from_parts(head, Body::new(Begun { first, rest: body })))
+        Ok(Response::from_parts(head, Reply::Stream { first, rest: body }))
     }
 
-    fn take(&self, bytes: Bytes) -> Result<Bytes, NoRoom> {
+    /// Counts a message until the last of it is in the socket.
+    pub fn count(&self, bytes: Bytes) -> Result<Bytes, NoRoom> {
         if bytes.len() <= UNCOUNTED_BYTES {
             return Ok(bytes);
         }
@@ -80,13 +82,33 @@ impl AsRef<[u8]> for Counted {
     }
 }
 
-/// A body whose first frame has been polled already.
-struct Begun {
-    first: Option<Result<Frame<Bytes>, Status>>,
-    rest: Body,
+/// The body of a reply.
+pub enum Reply {
+    /// One message, and after it that all went well.
+    Message(Bytes),
+    WentWell,
+    /// All was said in the headers.
+    Nothing,
+    /// As tonic goes on with it, its first frame perhaps polled already.
+    Stream {
+        first: Option<Result<Frame<Bytes>, Status>>,
+        rest: Body,
+    },
 }
 
-impl http_body::Body for Begun {
+impl From<Bytes> for Reply {
+    fn from(message: Bytes) -> Self {
+        Self::Message(message)
+    }
+}
+
+impl From<Body> for Reply {
+    fn from(rest: Body) -> Self {
+        Self::Stream { first: None, rest }
+    }
+}
+
+impl http_body::Body for Reply {
     type Data = Bytes;
     type Error = Status;
 
@@ -94,17 +116,30 @@ impl http_body::Body for Begun {
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
-        match self.first.take() {
-            Some(first) => Poll::Ready(Some(first)),
-            None => Pin::new(&mut self.rest).poll_frame(cx),
-        }
+        let frame = match &mut *self {
+            Self::Stream { first, rest } => match first.take() {
+                Some(first) => return Poll::Ready(Some(first)),
+                None => return Pin::new(rest).poll_frame(cx),
+            },
+            Self::Message(message) => Frame::data(std::mem::take(message)),
+            Self::WentWell => Frame::trailers(went_well()),
+            Self::Nothing => return Poll::Ready(None),
+        };
+        *self = if frame.is_data() { Self::WentWell } else { Self::Nothing };
+        Poll::Ready(Some(Ok(frame)))
     }
 
     fn is_end_stream(&self) -> bool {
-        self.first.is_none() && self.rest.is_end_stream()
+        match self {
+            Self::Message(_) | Self::WentWell => false,
+            Self::Nothing => true,
+            Self::Stream { first, rest } => first.is_none() && rest.is_end_stream(),
+        }
     }
+}
 
-    fn size_hint(&self) -> SizeHint {
-        SizeHint::default()
-    }
+fn went_well() -> HeaderMap {
+    let mut trailers = HeaderMap::with_capacity(1);
+    trailers.insert(&GRPC_STATUS, HeaderValue::from_static("0"));
+    trailers
 }

@@ -87,7 +87,7 @@ async fn what_is_no_whole_message_is_malformed() {
     ] {
         assert_eq!(refused(&edge, call(CREATE, body)).await, malformed, "{what}");
     }
-    // One message is what a unary call has; tonic reads the first, as other servers do.
+    // One message is what a unary call has: the first is read, as other servers do it.
     assert_ne!(refused(&edge, call(CREATE, two)).await.0, Code::Internal);
 }
 

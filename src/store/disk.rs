@@ -42,7 +42,7 @@ const MEMTABLE_BYTES: u64 = 16 << 20;
 const PAYMENTS_BYTES: u64 = 32 << 20;
 /// What is replayed at start at most, about a second for each 50 MB.
 const JOURNAL_BYTES: u64 = 128 << 20;
-const WORKER_THREADS: usize = 2;
+const WORKER_THREADS: usize = 1;
 const KEY_FILTER_BITS: f32 = 10.0;
 
 pub struct Disk {
