@@ -2,6 +2,7 @@
 
 use std::{
     collections::BTreeMap,
+    pin::Pin,
     sync::{Arc, Mutex, PoisonError},
 };
 
@@ -20,8 +21,8 @@ use crate::{
     },
     metrics::Metrics,
     store::{
-        self, Change, Commit, Committed, DeliveryPage, DeliveryQuery, Found, ListQuery, Page,
-        Reached, Remembered, Reply, Store, StoreError, Versioned,
+        self, Answers, Change, Commit, Committed, DeliveryPage, DeliveryQuery, Draw, Found,
+        ListQuery, Page, Reached, Remembered, Reply, Store, StoreError, Versioned,
     },
 };
 
@@ -85,6 +86,12 @@ pub enum Error {
     Refused(#[from] Refusal),
     #[error(transparent)]
     Store(#[from] StoreError),
+}
+
+/// A create that is being committed.
+struct Creating<'a> {
+    terms: Arc<Terms>,
+    committing: Pin<Box<dyn Future<Output = Answers> + Send + 'a>>,
 }
 
 /// What was agreed for a created payment; `replayed` when its key was known.
@@ -172,14 +179,47 @@ impl App {
         }
     }
 
-    /// A known key is answered by the commit: nothing of the request is looked at before.
-    pub async fn create(&self, new: NewPayment, key: Option<Key>) -> Result<Created, Error> {
-        let now = self.now();
+    /// A known key is answered by the commit: nothing of the request is looked at before. The future keeps
+    /// of it no more than its reply needs.
+    pub fn create(
+        &self,
+        new: NewPayment,
+        key: Option<Key>,
+        now: Timestamp,
+    ) -> impl Future<Output = Result<Created, Error>> + Send {
         let scenario = new.scenario.unwrap_or(self.settings.scenario.default_scenario);
-        let draw = match &key {
-            None if scenario.draws() => Some(self.store.draw_number(&new.reservation_id).await?),
-            None | Some(_) => None,
+        let creating = if key.is_none() && scenario.draws() {
+            Err(Box::pin(self.create_numbered(new, scenario, now)))
+        } else {
+            Ok(self.begin(new, scenario, key, None, now))
         };
+        async {
+            match creating {
+                Ok(creating) => self.end(creating).await,
+                Err(numbered) => numbered.await,
+            }
+        }
+    }
+
+    /// Draws by the reservation's next number.
+    async fn create_numbered(
+        &self,
+        new: NewPayment,
+        scenario: Scenario,
+        now: Timestamp,
+    ) -> Result<Created, Error> {
+        let draw = self.store.draw_number(&new.reservation_id).await?;
+        self.end(self.begin(new, scenario, None, Some(draw), now)).await
+    }
+
+    fn begin(
+        &self,
+        new: NewPayment,
+        scenario: Scenario,
+        key: Option<Key>,
+        draw: Option<Draw>,
+        now: Timestamp,
+    ) -> Creating<'_> {
         let draw_key = match (&key, &draw) {
             (Some(key), _) => DrawKey::Idempotency(&key.text),
             (None, draw) => {
@@ -189,15 +229,16 @@ impl App {
         let plan = Plan::draw(scenario, &self.settings.scenario, &draw_key, now);
         let idempotency = key.map(|key| key.idempotency);
         let terms = Arc::new(self.terms(new, plan, idempotency, now));
-        let payment = Payment::create(Arc::clone(&terms));
-        let decision = payment.progress.state.decision();
-        let change = Some(Change::Create { payment, draw });
-        // Begun before it is waited for: what is to be committed does not wait along with the call.
+        let change = Some(Change::Create { terms: Arc::clone(&terms), draw });
         let committing = self.store.commit(vec![Commit { change, reply: None }]);
+        Creating { terms, committing }
+    }
+
+    async fn end(&self, Creating { terms, committing }: Creating<'_>) -> Result<Created, Error> {
         match committing.await.pop().expect("one answer a commit")? {
             Committed::Done(_) => {
-                self.metrics.payment_created(scenario.as_str());
-                if let Some((outcome, _)) = decision {
+                self.metrics.payment_created(terms.plan.scenario.as_str());
+                if let Some(outcome) = terms.plan.decided_at_once() {
                     count_decision(&self.metrics, outcome, &terms.provider);
                 }
                 Ok(Created { terms, replayed: false })
@@ -312,7 +353,7 @@ impl App {
             if let (Some(after), Ok(Answer::Redelivered { ordered })) = (step.changed, step.answer)
             {
                 tried.push((id, wanted, ordered as usize, before.payment.clone(), after.clone()));
-                let change = Some(Change::Update { before, after });
+                let change = Some(Change::update(before, after));
                 commits.push(Commit { change, reply: None });
             }
         }
@@ -378,7 +419,7 @@ impl App {
             }
         };
         let after = after.clone();
-        let change = step.changed.map(|after| Change::Update { before: before.clone(), after });
+        let change = step.changed.map(|after| Change::update(before.clone(), after));
         if change.is_some() || reply.is_some() {
             match store::commit_one(&*self.store, Commit { change, reply }).await? {
                 Committed::Done(_) => self.count_outcome(Some(&before.payment), &after),
@@ -503,7 +544,7 @@ mod tests {
             events: true,
         };
         let app = App::new(store, clock, Arc::new(Metrics::new()), settings);
-        let id = app.create(new_payment(), None).await.unwrap().terms.id;
+        let id = app.create(new_payment(), None, app.now()).await.unwrap().terms.id;
         let payment = app.get(id, None).await.unwrap();
         let process = |hold| {
             let command = Command::Process { card: None, vat: None };

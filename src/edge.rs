@@ -32,8 +32,7 @@ use tower::Service as _;
 
 use crate::api;
 use crate::api::error::{Failure, Reason};
-use crate::api::pb::payment::v1::payment_service_server::PaymentService;
-use crate::api::unary;
+use crate::api::unary::{self, Calls};
 use crate::clock::Stopwatch;
 use crate::domain::payment::Trace;
 use crate::domain::validation::Violation;
@@ -44,7 +43,7 @@ use crate::slot::{ReleaseAtEnd, Slot};
 use replies::{NoRoom, Reply, Untaken};
 
 /// The service that is matched first; everything else goes through tonic's router.
-const PAYMENTS_PREFIX: &str = "/payment.v1.PaymentService/";
+const PAYMENTS: &str = "payment.v1.PaymentService";
 
 /// Answered whatever the load: a busy server is not a sick one, and the check costs nothing.
 const HEALTH_PREFIX: &str = "/grpc.health.v1.Health/";
@@ -143,7 +142,16 @@ impl<T> Clone for Edge<T> {
     }
 }
 
-impl<T: PaymentService> Edge<T> {
+/// A call under way. Boxed: whoever runs it moves it about several times.
+type Answering = Pin<Box<dyn Future<Output = Result<Response<Reply>, Infallible>> + Send>>;
+
+/// A request that is let in: its place, unless it needs none, and how long it may take.
+struct Admitted {
+    place: Option<Slot>,
+    deadline: Duration,
+}
+
+impl<T: Calls> Edge<T> {
     /// `routes` is what is behind the payment service: see [`api::routes`].
     pub fn new(payments: T, routes: Routes, limits: EdgeLimits, observe: Arc<dyn Observe>) -> Self {
         Self(Arc::new(Shared {
@@ -177,72 +185,28 @@ impl<T: PaymentService> Edge<T> {
     + 'static
     + use<T, B>
     where
-        B: http_body::Body<Data = Bytes> + Send + 'static,
+        B: http_body::Body<Data = Bytes> + Send + Unpin + 'static,
         B::Error: Into<Box<dyn Error + Send + Sync>> + Send,
     {
         let untaken = Untaken::new(self.0.limits.connection_untaken_max, &self.0.untaken);
         // Counted by Arc: a token's own clone takes a lock, and only streams want one.
         let connection = Arc::new(Connection { edge: self.clone(), ending, untaken });
-        // Boxed: whoever runs it moves it about several times, the request with all that becomes of it.
-        service_fn(move |request| Box::pin(answer(Arc::clone(&connection), request)))
+        service_fn(move |request| answer(Arc::clone(&connection), request))
     }
 
     /// Takes a place for a request and finds its deadline; streams have none.
-    fn admit<B>(
-        &self,
-        request: &mut Request<B>,
-        untaken: &Untaken,
-    ) -> Result<(Option<ReleaseAtEnd>, Duration), Refusal> {
+    fn admit<B>(&self, request: &Request<B>, untaken: &Untaken) -> Result<Admitted, Refusal> {
         check_protocol(request)?;
         let wanted = grpc_timeout(request.headers())?;
         if !untaken.has_room() {
             return Err(too_much_untaken(NoRoom));
         }
-        // Health needs none; for the rest it is held until the handler has ended, however it ends.
-        let place = if request.uri().path().starts_with(HEALTH_PREFIX) {
-            None
-        } else {
-            let slot = Slot::take(&self.0.slots).ok_or_else(overloaded)?;
-            request.extensions_mut().insert(slot.clone());
-            Some(ReleaseAtEnd(slot))
+        let place = match request.uri().path().starts_with(HEALTH_PREFIX) {
+            true => None,
+            false => Some(Slot::take(&self.0.slots).ok_or_else(overloaded)?),
         };
         let longest = self.0.limits.deadline;
-        Ok((place, wanted.map_or(longest, |wanted| wanted.min(longest))))
-    }
-
-    async fn handle<B>(
-        &self,
-        request: Request<B>,
-        method: &'static str,
-        deadline: Duration,
-        Connection { untaken, ending, .. }: &Connection<T>,
-    ) -> Result<Response<Reply>, Refusal>
-    where
-        B: http_body::Body<Data = Bytes> + Send + 'static,
-        B::Error: Into<Box<dyn Error + Send + Sync>> + Send,
-    {
-        let path = request.uri().path();
-        if path.starts_with(PAYMENTS_PREFIX) {
-            let call = pin!(unary::call(&self.0.payments, method, request));
-            let count = |message| untaken.count(message).map_err(too_much_untaken);
-            return self.within(deadline, pin!(async { map_body(call.await?, count) })).await;
-        }
-        let stream = STREAMS.contains(&path);
-        let mut routes = self.0.routes.clone();
-        // These are few: what they need is kept out of every other call's way.
-        let mut call = Box::pin(async move {
-            let Ok(response) = routes.call(request).await;
-            response
-        });
-        if stream {
-            let response = self.survive(call.as_mut()).await?;
-            return map_body(response, |body| Ok(Body::new(Ending::new(body, ending.clone()))));
-        }
-        let mut encoded = Box::pin(async {
-            let response = in_our_words(call.await);
-            untaken.encode(response).await.map_err(too_much_untaken)
-        });
-        self.within(deadline, encoded.as_mut()).await
+        Ok(Admitted { place, deadline: wanted.map_or(longest, |wanted| wanted.min(longest)) })
     }
 
     async fn within<R>(
@@ -275,27 +239,97 @@ impl<T: PaymentService> Edge<T> {
     }
 }
 
-async fn answer<T, B>(
-    connection: Arc<Connection<T>>,
+fn answer<T, B>(connection: Arc<Connection<T>>, request: Request<B>) -> Answering
+where
+    T: Calls,
+    B: http_body::Body<Data = Bytes> + Send + Unpin + 'static,
+    B::Error: Into<Box<dyn Error + Send + Sync>> + Send,
+{
+    let admitted = connection.edge.admit(&request, &connection.untaken);
+    let (labels, trace) = (labels(request.uri().path()), Trace::of(request.headers()));
+    let account = Account::open(connection, labels, trace);
+    match admitted {
+        Ok(admitted) if labels.0 == PAYMENTS => {
+            Box::pin(answer_payment(account, admitted, request))
+        }
+        Ok(admitted) => Box::pin(answer_other(account, admitted, request)),
+        Err(refusal) => Box::pin(async { Ok(account.close(Err(refusal))) }),
+    }
+}
+
+/// A block and no async function, which would keep all that it is given twice.
+fn answer_payment<T: Calls, B: http_body::Body<Data = Bytes> + Unpin>(
+    account: Account<T>,
+    Admitted { place, deadline }: Admitted,
+    request: Request<B>,
+) -> impl Future<Output = Result<Response<Reply>, Infallible>> {
+    let (head, mut body) = request.into_parts();
+    let spoken = unary::check_encoding(&head.headers);
+    let mut head =
+        Some(unary::Head { headers: head.headers, trace: account.trace, slot: place.clone() });
+    async move {
+        // Whoever else keeps the place: it is free when the call has ended, however it ends.
+        let _place = place.map(ReleaseAtEnd);
+        let answered = {
+            let Connection { edge, untaken, .. } = &*account.connection;
+            let count = |message| untaken.count(message).map_err(too_much_untaken);
+            let call = pin!(async {
+                spoken?;
+                let message = unary::read(&mut body).await?;
+                let head = head.take().expect("a future is not polled to its end twice");
+                let answering = unary::call(&edge.0.payments, account.labels.1, head, message);
+                map_body(answering.await?, count)
+            });
+            edge.within(deadline, call).await
+        };
+        Ok(account.close(answered))
+    }
+}
+
+/// Health, reflection, simulation: these are few, and go through tonic's router.
+async fn answer_other<T, B>(
+    account: Account<T>,
+    Admitted { place, deadline }: Admitted,
     mut request: Request<B>,
 ) -> Result<Response<Reply>, Infallible>
 where
-    T: PaymentService,
+    T: Calls,
     B: http_body::Body<Data = Bytes> + Send + 'static,
     B::Error: Into<Box<dyn Error + Send + Sync>> + Send,
 {
-    let edge = &connection.edge;
-    let trace = Trace::of(request.headers());
-    request.extensions_mut().insert(trace);
-    let labels = labels(request.uri().path());
-    let mut account = Account::open(&edge.0, labels, trace);
-    let answered = match edge.admit(&mut request, &connection.untaken) {
-        Ok((_place, deadline)) => edge.handle(request, labels.1, deadline, &connection).await,
-        Err(refusal) => Err(refusal),
-    };
-    let response = answered.unwrap_or_else(Refusal::into_response);
-    account.close(&response);
-    Ok(response)
+    let _place = place.map(ReleaseAtEnd);
+    request.extensions_mut().insert(account.trace);
+    let answered = account.connection.route(deadline, request).await;
+    Ok(account.close(answered))
+}
+
+impl<T: Calls> Connection<T> {
+    async fn route<B>(
+        &self,
+        deadline: Duration,
+        request: Request<B>,
+    ) -> Result<Response<Reply>, Refusal>
+    where
+        B: http_body::Body<Data = Bytes> + Send + 'static,
+        B::Error: Into<Box<dyn Error + Send + Sync>> + Send,
+    {
+        let Self { edge, untaken, ending } = self;
+        let is_stream = STREAMS.contains(&request.uri().path());
+        let mut routes = edge.0.routes.clone();
+        let mut call = pin!(async move {
+            let Ok(response) = routes.call(request).await;
+            response
+        });
+        if is_stream {
+            let response = edge.survive(call.as_mut()).await?;
+            return map_body(response, |body| Ok(Body::new(Ending::new(body, ending.clone()))));
+        }
+        let encoded = pin!(async {
+            let response = in_our_words(call.await);
+            untaken.encode(response).await.map_err(too_much_untaken)
+        });
+        edge.within(deadline, encoded).await
+    }
 }
 
 fn map_body<B, R: Into<Reply>>(
@@ -351,9 +385,8 @@ fn too_late(deadline: Duration) -> Refusal {
 
 /// Refuses what is no gRPC: browsers and probes that have the wrong port, and encodings that we don't speak.
 fn check_protocol<B>(request: &Request<B>) -> Result<(), Refusal> {
-    let malformed = |http, text| {
-        Err(Refusal { status: Failure::new(Reason::Malformed, text).into(), http })
-    };
+    let malformed =
+        |http, text| Err(Refusal { status: Failure::new(Reason::Malformed, text).into(), http });
     if request.method() != Method::POST {
         return malformed(StatusCode::METHOD_NOT_ALLOWED, "gRPC calls are POST requests");
     }
@@ -449,20 +482,25 @@ fn labels(path: &str) -> (&'static str, &'static str) {
 
 /// One call's entry in metrics and log, written when it is dropped: also when the caller hangs up, which
 /// drops the whole call.
-struct Account<'a, T> {
-    shared: &'a Shared<T>,
+struct Account<T> {
+    connection: Arc<Connection<T>>,
     labels: (&'static str, &'static str),
     trace: Trace,
     watch: Stopwatch,
     code: Code,
 }
 
-impl<'a, T> Account<'a, T> {
-    fn open(shared: &'a Shared<T>, labels: (&'static str, &'static str), trace: Trace) -> Self {
-        Self { shared, labels, trace, watch: Stopwatch::start(), code: Code::Cancelled }
+impl<T> Account<T> {
+    fn open(
+        connection: Arc<Connection<T>>,
+        labels: (&'static str, &'static str),
+        trace: Trace,
+    ) -> Self {
+        Self { connection, labels, trace, watch: Stopwatch::start(), code: Code::Cancelled }
     }
 
-    fn close(&mut self, response: &Response<Reply>) {
+    fn close(mut self, answered: Result<Response<Reply>, Refusal>) -> Response<Reply> {
+        let response = answered.unwrap_or_else(Refusal::into_response);
         self.code = match response.body() {
             Reply::Message(_) => Code::Ok,
             _ => code_of(response.headers()),
@@ -470,27 +508,33 @@ impl<'a, T> Account<'a, T> {
         if matches!(self.code, Code::Internal | Code::Unknown) {
             self.report(response.extensions().get::<Status>());
         }
+        response
+    }
+
+    fn shared(&self) -> &Shared<T> {
+        &self.connection.edge.0
     }
 
     /// A bug of ours, at error, with what the caller was not told.
     fn report(&self, status: Option<&Status>) {
-        let Some(withheld) = self.shared.faults.spend() else { return };
+        let Some(withheld) = self.shared().faults.spend() else { return };
         let cause = status.and_then(Error::source).map(tracing::field::display);
         let trace_id = hex::encode(self.trace.trace_id);
         tracing::error!(method = self.labels.1, %trace_id, withheld, cause, "internal error");
     }
 }
 
-impl<T> Drop for Account<'_, T> {
+impl<T> Drop for Account<T> {
     fn drop(&mut self) {
         let elapsed = self.watch.elapsed();
         let (service, method) = self.labels;
-        self.shared.observe.handled(service, method, self.code, elapsed);
+        let shared = self.shared();
+        shared.observe.handled(service, method, self.code, elapsed);
         if !tracing::enabled!(tracing::Level::DEBUG) {
             return;
         }
-        if let Some(withheld) = self.shared.lines.spend() {
-            self.shared.observe.log_lines_suppressed(withheld);
+        if let Some(withheld) = shared.lines.spend() {
+            shared.observe.log_lines_suppressed(withheld);
             let latency_us = u64::try_from(elapsed.as_micros()).unwrap_or(u64::MAX);
             let trace_id = hex::encode(self.trace.trace_id);
             let code = self.code;

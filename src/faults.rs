@@ -75,7 +75,7 @@ pub fn wakes_again(commits: &[Commit]) -> Vec<Versioned> {
         return Vec::new();
     }
     let before = commits.iter().filter_map(|commit| match &commit.change {
-        Some(Change::Update { before, .. }) => Some(before.clone()),
+        Some(Change::Update(update)) => Some(update.before.clone()),
         Some(Change::Create { .. }) | None => None,
     });
     before.collect()
@@ -90,7 +90,7 @@ pub async fn wake_again(store: &dyn Store, stale: Vec<Versioned>) {
     let commits = stale.into_iter().filter_map(|before| {
         let after = decided_anew(&before.payment)?;
         unchecked().insert((after.terms.id, before.revision));
-        Some(Commit { change: Some(Change::Update { before, after }), reply: None })
+        Some(Commit { change: Some(Change::update(before, after)), reply: None })
     });
     store.commit(commits.collect()).await;
 }

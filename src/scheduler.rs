@@ -58,7 +58,7 @@ impl Scheduler {
                 continue;
             };
             woken.push((before.payment.clone(), after.clone()));
-            commits.push(Commit { change: Some(Change::Update { before, after }), reply: None });
+            commits.push(Commit { change: Some(Change::update(before, after)), reply: None });
         }
         #[cfg(feature = "faults")]
         let again = crate::faults::wakes_again(&commits);

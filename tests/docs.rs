@@ -507,6 +507,7 @@ fn files_that_documents_name_exist() {
         ".tools/",
         ".venv",
         "fjall/",
+        "derived/",
         ".run/",
         "application/",
         "payment-sim/",

@@ -113,7 +113,10 @@ impl Source {
         if self.is_test() {
             return String::new();
         }
-        let end = self.text.find("#[cfg(test)]\nmod tests").unwrap_or(self.text.len());
+        let begins = ["mod tests", "pub mod tests"];
+        let found =
+            begins.into_iter().filter_map(|b| self.text.find(&format!("#[cfg(test)]\n{b}")));
+        let end = found.min().unwrap_or(self.text.len());
         code_only(&self.text[..end])
     }
 

@@ -101,7 +101,7 @@ impl Filling {
 }
 
 fn created(payment: Payment) -> Commit {
-    Commit { change: Some(Change::Create { payment, draw: None }), reply: None }
+    Commit { change: Some(Change::Create { terms: payment.terms, draw: None }), reply: None }
 }
 
 /// A payment's whole life: its creation, and its webhook delivered.
@@ -109,7 +109,7 @@ fn settled(maker: &Maker, n: u64, at: Timestamp) -> Result<[Commit; 2], String> 
     let payment = maker.payment(n, at);
     let after = delivered(&payment, at).ok_or("nothing was owed")?;
     let before = Versioned { payment: payment.clone(), revision: Revision(0) };
-    let change = Change::Update { before, after };
+    let change = Change::update(before, after);
     Ok([created(payment), Commit { change: Some(change), reply: None }])
 }
 

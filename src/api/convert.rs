@@ -1,10 +1,10 @@
 //! Between the wire and the domain: requests are checked whole, replies are made from a payment.
 
-use std::{collections::BTreeMap, sync::LazyLock};
+use std::collections::BTreeMap;
 
+use http::{HeaderMap, HeaderName};
 use prost::Message;
 use prost_types::{Struct, Value, value::Kind as JsonKind};
-use tonic::metadata::{AsciiMetadataKey, MetadataMap};
 
 use super::pb::{common::v1 as common, payment::v1 as pb};
 use crate::{
@@ -26,11 +26,9 @@ use crate::{
 
 const KEY_CHARS: usize = 255;
 // As names rather than text, which would be parsed anew at every look-up.
-static KEY_HEADER: LazyLock<AsciiMetadataKey> =
-    LazyLock::new(|| AsciiMetadataKey::from_static("idempotency-key"));
+static KEY_HEADER: HeaderName = HeaderName::from_static("idempotency-key");
 /// Test sessions have keys of their own.
-static SESSION_HEADER: LazyLock<AsciiMetadataKey> =
-    LazyLock::new(|| AsciiMetadataKey::from_static("x-simulation-session"));
+static SESSION_HEADER: HeaderName = HeaderName::from_static("x-simulation-session");
 const URL_CHARS: usize = 2_048;
 const TAGS_MAX: usize = 50;
 const TAG_NAME_CHARS: usize = 64;
@@ -80,15 +78,15 @@ impl Keyed for pb::CancelPaymentRequest {
 /// Reads the key of a request from its field or its header, and takes it out of the message: what is
 /// compared is the request without it.
 pub fn key<M: Keyed>(
-    headers: &MetadataMap,
+    headers: &HeaderMap,
     message: &mut M,
     secret: &StoreSecret,
     found: &mut Violations,
 ) -> Option<Key> {
     let text = std::mem::take(message.key_field());
-    let mut given = headers.get_all(&*KEY_HEADER).iter();
+    let mut given = headers.get_all(&KEY_HEADER).iter();
     let header = given.next().map(|value| value.to_str().unwrap_or("\u{0}").to_owned());
-    if given.any(|other| Some(other.as_encoded_bytes()) != header.as_deref().map(str::as_bytes)) {
+    if given.any(|other| Some(other.as_bytes()) != header.as_deref().map(str::as_bytes)) {
         found.add("idempotency_key", "has several idempotency-key headers that differ");
         return None;
     }
@@ -109,7 +107,7 @@ pub fn key<M: Keyed>(
         found.add("idempotency_key", allowed);
         return None;
     }
-    let session = headers.get(&*SESSION_HEADER).map_or(&b""[..], |value| value.as_bytes());
+    let session = headers.get(&SESSION_HEADER).map_or(&b""[..], |value| value.as_bytes());
     let idempotency = Idempotency {
         key: KeyHash(secret.tag(b"key", &[session, M::RPC.as_bytes(), text.as_bytes()])),
         request: RequestHash(secret.tag(b"request", &[&message.encode_to_vec()])),
@@ -658,7 +656,11 @@ fn timeline_entry(entry: &timeline::Entry) -> pb::TimelineEntry {
         kind: entry.kind.as_str().to_owned(),
         status: wire_status(entry.status).into(),
         cause: entry.cause.as_str().to_owned(),
-        detail: entry.detail.iter().cloned().collect::<BTreeMap<_, _>>(),
+        detail: entry
+            .detail
+            .iter()
+            .map(|(name, value)| (name.to_string(), value.to_string()))
+            .collect::<BTreeMap<_, _>>(),
     }
 }
 

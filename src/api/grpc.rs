@@ -6,22 +6,21 @@ use prost::Message;
 use serde::{Deserialize, Serialize};
 use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
-use tonic::{Extensions, Request, Response, Status, metadata::MetadataValue};
+use tonic::Status;
 
 use super::{
     convert,
     cursor::{self, Filters},
     error::{Failure, Reason},
-    pb::{
-        common::v1 as common,
-        payment::v1::{self as pb, payment_service_server::PaymentService},
-    },
+    pb::{common::v1 as common, payment::v1 as pb},
+    unary::{Call, Calls, Reply},
 };
 use crate::{
     app::{self, App, Caller, Executed, Key, NewPayment},
     domain::{
         ids::PaymentId,
-        payment::{Answer, Command, Payment, Refusal, Trace},
+        payment::{Answer, Command, Payment, Refusal},
+        time::Timestamp,
         validation::{Violation, Violations},
     },
     slot::Slot,
@@ -60,10 +59,10 @@ impl Payments {
         &self.0.app
     }
 
-    fn created(&self, created: &app::Created) -> Response<pb::CreatePaymentIntentResponse> {
+    fn created(&self, created: &app::Created) -> Reply<pb::CreatePaymentIntentResponse> {
         let public_url = self.0.public_url.as_deref();
-        let reply = convert::created(&created.terms, self.app().secret(), public_url);
-        mark(Response::new(reply), created.replayed)
+        let message = convert::created(&created.terms, self.app().secret(), public_url);
+        Reply { message, replayed: created.replayed }
     }
 
     /// Runs a command that may have a key: a known key is answered before anything else is looked at.
@@ -74,7 +73,7 @@ impl Payments {
         key: Option<&Key>,
         slot: Option<Slot>,
         reply: impl Fn(&Payment, &Answer) -> R + Send + Sync,
-    ) -> Result<Response<R>, Status> {
+    ) -> Result<Reply<R>, Status> {
         let place = OnceLock::new();
         let hold = || {
             let free = || Arc::clone(&self.0.held).try_acquire_owned();
@@ -83,7 +82,7 @@ impl Payments {
         let render = |payment: &Payment, answer: &Answer| reply(payment, answer).encode_to_vec();
         let caller = Caller { key, render: &render, hold: &hold };
         match self.app().execute(id, command, caller).await.map_err(failure)? {
-            Executed::Done { payment, answer } => Ok(Response::new(reply(&payment, &answer))),
+            Executed::Done { payment, answer } => Ok(Reply::new(reply(&payment, &answer))),
             Executed::Replayed(bytes) => replayed(&bytes),
             Executed::Held => Err(self.hold(slot).await),
         }
@@ -92,14 +91,14 @@ impl Payments {
     /// Reads a create whole, so that nothing of its request is kept while it is committed.
     fn read_create(
         &self,
-        request: Request<pb::CreatePaymentIntentRequest>,
+        call: Call<pb::CreatePaymentIntentRequest>,
+        now: Timestamp,
     ) -> (Option<Key>, Result<NewPayment, Vec<Violation>>) {
-        let (headers, extensions, mut message) = request.into_parts();
+        let Call { head, mut message } = call;
         let secret = self.app().secret();
         let mut found = Violations::default();
-        let key = convert::key(&headers, &mut message, secret, &mut found);
-        let trace = extensions.get::<Trace>().copied().unwrap_or_default();
-        (key, convert::new_payment(message, self.app().now(), secret, trace, found))
+        let key = convert::key(&head.headers, &mut message, secret, &mut found);
+        (key, convert::new_payment(message, now, secret, head.trace, found))
     }
 
     /// The payment of a create whose key is known.
@@ -115,7 +114,7 @@ impl Payments {
     async fn known<R: Message + Default>(
         &self,
         key: Option<&Key>,
-    ) -> Result<Option<Response<R>>, Status> {
+    ) -> Result<Option<Reply<R>>, Status> {
         let Some(key) = key else { return Ok(None) };
         match self.app().remembered(key).await.map_err(failure)? {
             Some(Remembered::Replied { bytes, .. }) => replayed(&bytes).map(Some),
@@ -136,33 +135,37 @@ impl Payments {
     }
 }
 
-#[tonic::async_trait]
-impl PaymentService for Payments {
-    async fn create_payment_intent(
+impl Calls for Payments {
+    fn create_payment_intent(
         &self,
-        request: Request<pb::CreatePaymentIntentRequest>,
-    ) -> Result<Response<pb::CreatePaymentIntentResponse>, Status> {
-        let (key, new) = self.read_create(request);
-        match new {
-            Ok(new) => {
-                let created = self.app().create(new, key).await.map_err(failure)?;
-                Ok(self.created(&created))
-            }
-            // What was valid once may be so no more (a card expires): its key is answered all the same.
-            Err(bad) => match self.recall(key.as_ref()).await? {
-                Some(created) => Ok(self.created(&created)),
-                None => Err(Failure::invalid(bad).into()),
-            },
+        call: Call<pb::CreatePaymentIntentRequest>,
+    ) -> impl Future<Output = Result<Reply<pb::CreatePaymentIntentResponse>, Status>> + Send {
+        let now = self.app().now();
+        let (key, new) = self.read_create(call, now);
+        let creating = match new {
+            Ok(new) => Ok(self.app().create(new, key, now)),
+            Err(bad) => Err((key, bad)),
+        };
+        async {
+            let created = match creating {
+                Ok(creating) => creating.await.map_err(failure)?,
+                // What was valid once may be so no more (a card expires): its key is answered all the same.
+                Err((key, bad)) => match self.recall(key.as_ref()).await? {
+                    Some(created) => created,
+                    None => return Err(Failure::invalid(bad).into()),
+                },
+            };
+            Ok(self.created(&created))
         }
     }
 
     async fn get_payment_intent(
         &self,
-        request: Request<pb::GetPaymentIntentRequest>,
-    ) -> Result<Response<pb::GetPaymentIntentResponse>, Status> {
-        let message = request.into_inner();
+        call: Call<pb::GetPaymentIntentRequest>,
+    ) -> Result<Reply<pb::GetPaymentIntentResponse>, Status> {
+        let message = call.message;
         let payment = self.look_up(&message.payment_intent_id, message.user_id).await?;
-        Ok(Response::new(pb::GetPaymentIntentResponse {
+        Ok(Reply::new(pb::GetPaymentIntentResponse {
             deliveries: convert::deliveries(&payment),
             payment: Some(convert::payment(&payment)),
         }))
@@ -170,22 +173,22 @@ impl PaymentService for Payments {
 
     async fn get_payment_status(
         &self,
-        request: Request<pb::GetPaymentStatusRequest>,
-    ) -> Result<Response<pb::GetPaymentStatusResponse>, Status> {
-        let message = request.into_inner();
+        call: Call<pb::GetPaymentStatusRequest>,
+    ) -> Result<Reply<pb::GetPaymentStatusResponse>, Status> {
+        let message = call.message;
         let payment = self.look_up(&message.payment_intent_id, message.user_id).await?;
         let payment = Some(convert::payment(&payment));
-        Ok(Response::new(pb::GetPaymentStatusResponse { payment, error: None }))
+        Ok(Reply::new(pb::GetPaymentStatusResponse { payment, error: None }))
     }
 
     async fn process_payment(
         &self,
-        request: Request<pb::ProcessPaymentRequest>,
-    ) -> Result<Response<pb::ProcessPaymentResponse>, Status> {
-        let (headers, extensions, mut message) = request.into_parts();
+        call: Call<pb::ProcessPaymentRequest>,
+    ) -> Result<Reply<pb::ProcessPaymentResponse>, Status> {
+        let Call { head, mut message } = call;
         let secret = self.app().secret();
         let mut found = Violations::default();
-        let key = convert::key(&headers, &mut message, secret, &mut found);
+        let key = convert::key(&head.headers, &mut message, secret, &mut found);
         if let Some(reply) = self.known(key.as_ref()).await? {
             return Ok(reply);
         }
@@ -194,19 +197,19 @@ impl PaymentService for Payments {
         let details = convert::details(message.payment_details.as_ref(), now, secret, &mut found);
         let id = checked(id, found)?;
         let vat = self.process_vat(id, &details).await?;
-        let slot = slot(&extensions);
         let command = Command::Process { card: details.card, vat };
-        self.run(id, command, key.as_ref(), slot, |payment, _| convert::processed(payment)).await
+        self.run(id, command, key.as_ref(), head.slot, |payment, _| convert::processed(payment))
+            .await
     }
 
     async fn cancel_payment(
         &self,
-        request: Request<pb::CancelPaymentRequest>,
-    ) -> Result<Response<pb::CancelPaymentResponse>, Status> {
-        let (headers, extensions, mut message) = request.into_parts();
+        call: Call<pb::CancelPaymentRequest>,
+    ) -> Result<Reply<pb::CancelPaymentResponse>, Status> {
+        let Call { head, mut message } = call;
         let mut found = Violations::default();
         let secret = self.app().secret();
-        let key = convert::key(&headers, &mut message, secret, &mut found);
+        let key = convert::key(&head.headers, &mut message, secret, &mut found);
         if let Some(reply) = self.known(key.as_ref()).await? {
             return Ok(reply);
         }
@@ -222,23 +225,23 @@ impl PaymentService for Payments {
                 convert::cancelled(payment, payment.progress.updated_at, None)
             }
         };
-        self.run(id, Command::Cancel(cancel), key.as_ref(), slot(&extensions), reply).await
+        self.run(id, Command::Cancel(cancel), key.as_ref(), head.slot, reply).await
     }
 
     async fn list_payments(
         &self,
-        request: Request<pb::ListPaymentsRequest>,
-    ) -> Result<Response<pb::ListPaymentsResponse>, Status> {
-        let asked = Listing::read(request.into_inner()).map_err(Failure::invalid)?;
+        call: Call<pb::ListPaymentsRequest>,
+    ) -> Result<Reply<pb::ListPaymentsResponse>, Status> {
+        let asked = Listing::read(call.message).map_err(Failure::invalid)?;
         let page = self.app().list(asked.query.clone()).await.map_err(failure)?;
-        Ok(Response::new(asked.reply(page)))
+        Ok(Reply::new(asked.reply(page)))
     }
 
     async fn simulate_webhook(
         &self,
-        request: Request<pb::SimulateWebhookRequest>,
-    ) -> Result<Response<pb::SimulateWebhookResponse>, Status> {
-        let message = request.into_inner();
+        call: Call<pb::SimulateWebhookRequest>,
+    ) -> Result<Reply<pb::SimulateWebhookResponse>, Status> {
+        let message = call.message;
         let mut found = Violations::default();
         let id = convert::payment_id(&message.payment_intent_id, &mut found);
         let target = convert::status_filter("target_status", message.target_status, &mut found);
@@ -301,10 +304,6 @@ impl Payments {
     }
 }
 
-fn slot(extensions: &Extensions) -> Option<Slot> {
-    extensions.get::<Slot>().cloned()
-}
-
 fn checked<T>(value: Option<T>, found: Violations) -> Result<T, Failure> {
     match (value, found.into_result()) {
         (Some(value), Ok(())) => Ok(value),
@@ -313,17 +312,9 @@ fn checked<T>(value: Option<T>, found: Violations) -> Result<T, Failure> {
     }
 }
 
-fn mark<R>(mut response: Response<R>, replayed: bool) -> Response<R> {
-    if replayed {
-        let value = MetadataValue::from_static("true");
-        response.metadata_mut().insert("idempotent-replayed", value);
-    }
-    response
-}
-
-fn replayed<R: Message + Default>(bytes: &[u8]) -> Result<Response<R>, Status> {
-    let reply = R::decode(bytes).map_err(Failure::internal)?;
-    Ok(mark(Response::new(reply), true))
+fn replayed<R: Message + Default>(bytes: &[u8]) -> Result<Reply<R>, Status> {
+    let message = R::decode(bytes).map_err(Failure::internal)?;
+    Ok(Reply { message, replayed: true })
 }
 
 /// Every error of the app, as callers see it.

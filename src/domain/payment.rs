@@ -3,7 +3,7 @@
 //! `create` and `transition` are the only ways to a new state, and every state carries the
 //! notifications that it owes: neither can be saved without the other.
 
-use std::sync::Arc;
+use std::{borrow::Cow, sync::Arc};
 
 use serde::{Deserialize, Serialize};
 
@@ -17,7 +17,7 @@ use super::{
     scenario::{Course, FailureReason, Outcome, Plan},
     status::Status,
     time::Timestamp,
-    timeline::{Cause, Entry, Kind, Timeline},
+    timeline::{Cause, Detail, Entry, Kind, Timeline},
     validation::{Violation, Violations},
 };
 
@@ -49,6 +49,14 @@ pub struct Terms {
     pub idempotency: Option<Idempotency>,
     /// Which renderer makes this payment's webhook bodies, so that they never change between attempts.
     pub renderer: u8,
+}
+
+impl Terms {
+    /// A payment on these terms has its outcome as soon as it is there, and nobody is told of it: nothing
+    /// will ever happen to it by itself.
+    pub const fn are_settled_at_once(&self) -> bool {
+        self.plan.decided_at_once().is_some() && !self.events && self.webhook_url.is_none()
+    }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -262,7 +270,7 @@ impl Payment {
             kind: Kind::Created,
             status: Status::Pending,
             cause: Cause::CreatePaymentIntent,
-            detail: vec![("scenario".to_owned(), terms.plan.scenario.as_str().to_owned())],
+            detail: detail("scenario", terms.plan.scenario.as_str()),
         });
         let progress = Progress {
             state: PaymentState::Pending { next },
@@ -480,7 +488,7 @@ impl Payment {
         })?;
         let takes_the_rest = amount == left.amount;
         let mut detail = detail("reason", cancel.reason.clone());
-        detail.push(("amount".to_owned(), amount.to_string()));
+        detail.push(("amount".into(), amount.to_string().into()));
         self.progress.refunds.push(Refund { amount, vat, reason: cancel.reason, at: now });
         let n = self.progress.refunds.len();
         let notified = Some((u32::try_from(n).expect("at most 100 refunds"), amount));
@@ -539,8 +547,8 @@ impl Payment {
             webhook: Some(Delivery::owed(at)),
         });
         self.forget_old_simulated();
-        let mut detail = detail("target_status", status.as_str().to_owned());
-        detail.push(("event_id".to_owned(), self.terms.id.event(n)));
+        let mut detail = detail("target_status", status.as_str());
+        detail.push(("event_id".into(), self.terms.id.event(n).into()));
         self.progress.timeline.push(Entry {
             at: now,
             kind: Kind::WebhookSimulated,
@@ -600,27 +608,20 @@ impl Payment {
     fn decide(&mut self, outcome: Outcome, at: Timestamp, notify_at: Timestamp, cause: Cause) {
         let (state, detail) = match outcome {
             Outcome::Completed => (PaymentState::Completed { at }, Vec::new()),
-            Outcome::Failed(reason) => (
-                PaymentState::Failed { at, reason },
-                detail("failure_reason", reason.as_str().to_owned()),
-            ),
+            Outcome::Failed(reason) => {
+                (PaymentState::Failed { at, reason }, detail("failure_reason", reason.as_str()))
+            }
         };
         self.enter(state, at, cause, detail);
         self.notify(Topic::StatusUpdated, at, notify_at, None);
     }
 
-    fn enter(
-        &mut self,
-        state: PaymentState,
-        at: Timestamp,
-        cause: Cause,
-        detail: Vec<(String, String)>,
-    ) {
+    fn enter(&mut self, state: PaymentState, at: Timestamp, cause: Cause, detail: Detail) {
         self.progress.state = state;
         self.change(at, Kind::StatusChanged, cause, detail);
     }
 
-    fn change(&mut self, at: Timestamp, kind: Kind, cause: Cause, detail: Vec<(String, String)>) {
+    fn change(&mut self, at: Timestamp, kind: Kind, cause: Cause, detail: Detail) {
         self.progress.version += 1;
         self.progress.updated_at = at;
         let status = self.status();
@@ -680,8 +681,9 @@ impl Payment {
 }
 
 /// One pair for the timeline, none where there is nothing to say.
-fn detail(name: &str, value: String) -> Vec<(String, String)> {
-    if value.is_empty() { Vec::new() } else { vec![(name.to_owned(), value)] }
+fn detail(name: &'static str, value: impl Into<Cow<'static, str>>) -> Detail {
+    let value = value.into();
+    if value.is_empty() { Detail::new() } else { vec![(name.into(), value)] }
 }
 
 #[cfg(test)]

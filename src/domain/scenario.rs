@@ -185,6 +185,14 @@ impl Plan {
         };
         Self { scenario, course, expires_at }
     }
+
+    /// The outcome that a payment has from its creation on.
+    pub const fn decided_at_once(&self) -> Option<Outcome> {
+        match self.course {
+            Course::DecidedAtOnce { outcome, .. } => Some(outcome),
+            Course::DecidedAt { .. } | Course::Settles { .. } | Course::Waits { .. } => None,
+        }
+    }
 }
 
 fn draw_approval(settings: &Settings, key: &DrawKey<'_>) -> bool {

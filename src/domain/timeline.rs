@@ -1,5 +1,7 @@
 //! What happened to a payment, in order.
 
+use std::borrow::Cow;
+
 use serde::{Deserialize, Serialize};
 
 use super::{status::Status, time::Timestamp};
@@ -15,8 +17,11 @@ pub struct Entry {
     pub status: Status,
     pub cause: Cause,
     /// Ids, amounts and reasons; never card data.
-    pub detail: Vec<(String, String)>,
+    pub detail: Detail,
 }
+
+/// Names and values; most are words of ours, which need no copy.
+pub type Detail = Vec<(Cow<'static, str>, Cow<'static, str>)>;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Kind {

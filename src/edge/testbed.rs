@@ -9,6 +9,7 @@ use tonic_health::server::{HealthReporter, HealthService};
 
 use super::*;
 use crate::api::pb::payment::v1::*;
+use crate::api::unary::Call;
 
 /// Longest wait for what must happen; nothing here depends on how long it really takes.
 pub const SOON: Duration = Duration::from_secs(10);
@@ -16,24 +17,23 @@ pub const SOON: Duration = Duration::from_secs(10);
 /// CreatePaymentIntent does what `user_id` says; the rest is not found.
 pub struct Stub;
 
-type Reply<T> = Result<tonic::Response<T>, Status>;
+type Answered<T> = Result<unary::Reply<T>, Status>;
 
-fn not_found<T>() -> Reply<T> {
+fn not_found<T>() -> Answered<T> {
     Err(Failure::new(Reason::PaymentNotFound, "no such payment").into())
 }
 
-#[tonic::async_trait]
-impl PaymentService for Stub {
+impl Calls for Stub {
     async fn create_payment_intent(
         &self,
-        request: tonic::Request<CreatePaymentIntentRequest>,
-    ) -> Reply<CreatePaymentIntentResponse> {
-        match request.get_ref().user_id.as_str() {
+        call: Call<CreatePaymentIntentRequest>,
+    ) -> Answered<CreatePaymentIntentResponse> {
+        match call.message.user_id.as_str() {
             "panic" => panic!("ordered"),
             "bug" => return Err(Failure::internal("a secret path").into()),
             "hang" => pending().await,
             "hold" => {
-                request.extensions().get::<Slot>().unwrap().release();
+                call.head.slot.as_ref().unwrap().release();
                 pending().await
             }
             "slow" => tokio::time::sleep(Duration::from_millis(300)).await,
@@ -43,53 +43,46 @@ impl PaymentService for Stub {
             }
             _ => {}
         }
-        let trace = request.extensions().get::<Trace>().unwrap();
-        let client_secret = hex::encode(trace.trace_id);
-        Ok(tonic::Response::new(CreatePaymentIntentResponse {
-            client_secret,
-            ..Default::default()
-        }))
+        let client_secret = hex::encode(call.head.trace.trace_id);
+        Ok(unary::Reply::new(CreatePaymentIntentResponse { client_secret, ..Default::default() }))
     }
 
     async fn get_payment_intent(
         &self,
-        _: tonic::Request<GetPaymentIntentRequest>,
-    ) -> Reply<GetPaymentIntentResponse> {
+        _: Call<GetPaymentIntentRequest>,
+    ) -> Answered<GetPaymentIntentResponse> {
         not_found()
     }
 
     async fn get_payment_status(
         &self,
-        _: tonic::Request<GetPaymentStatusRequest>,
-    ) -> Reply<GetPaymentStatusResponse> {
+        _: Call<GetPaymentStatusRequest>,
+    ) -> Answered<GetPaymentStatusResponse> {
         not_found()
     }
 
     async fn process_payment(
         &self,
-        _: tonic::Request<ProcessPaymentRequest>,
-    ) -> Reply<ProcessPaymentResponse> {
+        _: Call<ProcessPaymentRequest>,
+    ) -> Answered<ProcessPaymentResponse> {
         not_found()
     }
 
     async fn cancel_payment(
         &self,
-        _: tonic::Request<CancelPaymentRequest>,
-    ) -> Reply<CancelPaymentResponse> {
+        _: Call<CancelPaymentRequest>,
+    ) -> Answered<CancelPaymentResponse> {
         not_found()
     }
 
-    async fn list_payments(
-        &self,
-        _: tonic::Request<ListPaymentsRequest>,
-    ) -> Reply<ListPaymentsResponse> {
+    async fn list_payments(&self, _: Call<ListPaymentsRequest>) -> Answered<ListPaymentsResponse> {
         not_found()
     }
 
     async fn simulate_webhook(
         &self,
-        _: tonic::Request<SimulateWebhookRequest>,
-    ) -> Reply<SimulateWebhookResponse> {
+        _: Call<SimulateWebhookRequest>,
+    ) -> Answered<SimulateWebhookResponse> {
         not_found()
     }
 }

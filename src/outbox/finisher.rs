@@ -98,7 +98,7 @@ impl Finisher {
                 Err(error) => return Err(error),
             };
             let Some(after) = self.apply(&before, &group, now) else { continue };
-            commits.push(Commit { change: Some(Change::Update { before, after }), reply: None });
+            commits.push(Commit { change: Some(Change::update(before, after)), reply: None });
             sent.push(group);
         }
         let answers = self.shared.store.commit(commits).await;

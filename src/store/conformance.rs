@@ -125,12 +125,12 @@ impl Bed {
     }
 
     async fn create(&self, payment: &Payment) -> Result<Committed, StoreError> {
-        let change = Change::Create { payment: payment.clone(), draw: None };
+        let change = Change::Create { terms: Arc::clone(&payment.terms), draw: None };
         commit_one(&**self.store(), Commit { change: Some(change), reply: None }).await
     }
 
     async fn update(&self, before: Versioned, after: Payment) -> Result<Committed, StoreError> {
-        let change = Change::Update { before, after };
+        let change = Change::update(before, after);
         commit_one(&**self.store(), Commit { change: Some(change), reply: None }).await
     }
 
@@ -266,10 +266,8 @@ async fn an_update_on_an_old_revision_is_refused(bed: Bed) {
     bed.create(&payment).await.unwrap();
     let before = bed.get(&payment).await.unwrap();
     let after = cancelled(&before, bed.now());
-    let twice = || Commit {
-        change: Some(Change::Update { before: before.clone(), after: after.clone() }),
-        reply: None,
-    };
+    let twice =
+        || Commit { change: Some(Change::update(before.clone(), after.clone())), reply: None };
     let answers = bed.store().commit(vec![twice(), twice()]).await;
     assert_eq!(answers, [Ok(Committed::Done(Revision(1))), Err(StoreError::Conflict)]);
     assert_eq!(bed.update(before, after.clone()).await, Err(StoreError::Conflict));
@@ -428,7 +426,7 @@ async fn draws_count_from_zero_without_gaps(mut bed: Bed) {
         let draw = bed.store().draw_number("res").await.unwrap();
         assert_eq!(draw.n, n);
         let payment = bed.payment(u128::from(n), Scenario::Random, None);
-        let change = Change::Create { payment, draw: Some(draw) };
+        let change = Change::Create { terms: payment.terms, draw: Some(draw) };
         let commit = Commit { change: Some(change), reply: None };
         commit_one(&**bed.store(), commit).await.unwrap();
     }
@@ -447,7 +445,7 @@ async fn a_counter_goes_with_the_last_payment_of_its_reservation(mut bed: Bed) {
     for n in [1, 4] {
         let draw = bed.store().draw_number("res-1").await.unwrap();
         let payment = bed.payment(n, Scenario::Random, None);
-        let change = Change::Create { payment: payment.clone(), draw: Some(draw) };
+        let change = Change::Create { terms: Arc::clone(&payment.terms), draw: Some(draw) };
         let commit = Commit { change: Some(change), reply: None };
         commit_one(&**bed.store(), commit).await.unwrap();
         bed.clock.advance(Duration::from_secs(2));
@@ -737,7 +735,7 @@ async fn what_was_kept_over_the_cap_goes_once_it_is_settled() {
     let bed = Bed::new(None, Retention { payments_max: Some(10), ..KEEP });
     let all: Vec<_> = (0..3_000).map(|n| bed.payment(n, Scenario::Approve, None)).collect();
     let created = all.iter().map(|payment| {
-        let change = Change::Create { payment: payment.clone(), draw: None };
+        let change = Change::Create { terms: Arc::clone(&payment.terms), draw: None };
         Commit { change: Some(change), reply: None }
     });
     bed.store().commit(created.collect()).await;
@@ -789,13 +787,17 @@ async fn a_store_that_is_in_use_newer_or_damaged_is_refused() {
     bed.close().await;
     let folder = bed.folder.as_ref().unwrap().path().join("data");
     let format = folder.join("FORMAT");
-    std::fs::write(&format, "3\n").unwrap();
-    assert!(matches!(bed.open(), Err(OpenError::NewerFormat { found: 3, .. })));
+    std::fs::write(&format, "4\n").unwrap();
+    assert!(matches!(bed.open(), Err(OpenError::NewerFormat { found: 4, .. })));
     std::fs::write(&format, "one").unwrap();
     assert!(matches!(bed.open(), Err(OpenError::Corrupt { .. })));
     std::fs::remove_file(&format).unwrap();
     assert!(matches!(bed.open(), Err(OpenError::Corrupt { .. })));
-    std::fs::write(&format, "2\n").unwrap();
+    std::fs::write(&format, "3\n").unwrap();
+    let (derived, aside) = (folder.join("derived"), folder.join("aside"));
+    std::fs::rename(&derived, &aside).unwrap();
+    assert!(matches!(bed.open(), Err(OpenError::Corrupt { .. })));
+    std::fs::rename(&aside, &derived).unwrap();
     std::fs::write(folder.join("commit.mark"), "9999\n").unwrap();
     let refused = bed.open().err().unwrap().to_string();
     assert!(refused.contains("acknowledged payments are missing"), "{refused}");
@@ -803,33 +805,31 @@ async fn a_store_that_is_in_use_newer_or_damaged_is_refused() {
     assert!(bed.open().is_ok(), "nothing was touched");
 }
 
-/// As the first format left it: keys and lists in the commits, and no marks of theirs.
+/// The first has no mark of what is derived, and the second has it where the commits are.
 #[tokio::test]
-async fn a_store_of_the_first_format_is_read_and_becomes_one_of_this() {
-    let mut bed = Bed::disk();
-    let payment = bed.payment(1, Scenario::Approve, Some((1, 1)));
-    bed.create(&payment).await.unwrap();
-    let shared = bed.store().shared();
-    let derived = shared.derived(&payment.terms);
-    let Idempotency { key, request } = derived.idempotency.unwrap();
-    let mut batch = Batch::default();
-    batch.put(Table::Key, key.0, record::created(request, derived.id));
-    for name in derived.names {
-        batch.put(Table::Index, record::index_key(name, derived.id), []);
-    }
-    batch.delete(Table::Meta, marks::meta::DERIVED);
-    shared.tables.write(&batch).unwrap();
-    bed.close().await;
-    let format = bed.folder.as_ref().unwrap().path().join("data/FORMAT");
-    std::fs::write(&format, "1\n").unwrap();
-    for _ in 0..2 {
-        bed.store = Some(bed.open().unwrap());
-        assert_eq!(std::fs::read_to_string(&format).unwrap(), "2\n");
-        let again = bed.payment(9, Scenario::Approve, Some((1, 1)));
-        assert!(matches!(bed.create(&again).await, Ok(Committed::Replayed(_))));
-        let by_user = ListQuery { user: Some("user-1".into()), ..any() };
-        assert_eq!(bed.page(by_user).await.payments.len(), 1);
+async fn a_store_of_an_older_format_is_read_and_becomes_one_of_this() {
+    for older in [1, 2] {
+        let mut bed = Bed::disk();
+        let payment = bed.payment(1, Scenario::Approve, Some((1, 1)));
+        bed.create(&payment).await.unwrap();
+        bed.store().bring_in();
+        if older == 1 {
+            let mut batch = Batch::default();
+            batch.delete(Table::Meta, marks::meta::DERIVED);
+            bed.store().shared().tables.write(&batch).unwrap();
+        }
         bed.close().await;
+        let folder = bed.folder.as_ref().unwrap().path().join("data");
+        super::disk::tests::become_older(&folder, older);
+        for _ in 0..2 {
+            bed.store = Some(bed.open().unwrap());
+            assert_eq!(std::fs::read_to_string(folder.join("FORMAT")).unwrap(), "3\n");
+            let again = bed.payment(9, Scenario::Approve, Some((1, 1)));
+            assert!(matches!(bed.create(&again).await, Ok(Committed::Replayed(_))));
+            let by_user = ListQuery { user: Some("user-1".into()), ..any() };
+            assert_eq!(bed.page(by_user).await.payments.len(), 1);
+            bed.close().await;
+        }
     }
 }
 

@@ -27,14 +27,16 @@ use crate::domain::ids::PaymentId;
 
 /// The layout that this version writes. Older ones are read and become this one, newer ones are refused.
 /// 2: keys and lists are not in the commits, and what is below the horizon is gone.
-const FORMAT: u32 = 2;
+/// 3: keys and lists have an engine of their own.
+const FORMAT: u32 = 3;
 const FORMAT_FILE: &str = "FORMAT";
 const MARK_FILE: &str = "commit.mark";
 const ENGINE_FOLDER: &str = "fjall";
+const DERIVED_FOLDER: &str = "derived";
 
-/// Fresh keys are looked up with every keyed create: with 20 M keys a smaller cache makes each cost
-/// twenty times as much.
-const CACHE_BYTES: u64 = 128 << 20;
+/// Of each engine. Fresh keys are looked up with every keyed create: with 20 M keys a smaller cache makes
+/// each cost twenty times as much.
+const CACHE_BYTES: u64 = 96 << 20;
 /// Small memtables reopen in a second and keep the longest commit near 0.1 s.
 const MEMTABLE_BYTES: u64 = 16 << 20;
 /// Holds what 30,000 payments a second make in two seconds: what becomes of a payment by then reads
@@ -42,11 +44,16 @@ const MEMTABLE_BYTES: u64 = 16 << 20;
 const PAYMENTS_BYTES: u64 = 32 << 20;
 /// What is replayed at start at most, about a second for each 50 MB.
 const JOURNAL_BYTES: u64 = 128 << 20;
+/// One, because of several one passes every compaction on to the others, and spins while these are busy.
 const WORKER_THREADS: usize = 1;
 const KEY_FILTER_BITS: f32 = 10.0;
 
+/// Two engines: whoever brings rows in holds up its engine's commits until they are on the disk, and so what
+/// is brought in is not where commits go.
 pub struct Disk {
-    database: Database,
+    commits: Database,
+    /// Merges its files as long as it is held.
+    _derived: Database,
     keyspaces: Vec<Keyspace>,
     folder: PathBuf,
 }
@@ -57,36 +64,25 @@ impl Disk {
         let io = |source| OpenError::Io { path: folder.to_owned(), source };
         fs::create_dir_all(folder).map_err(io)?;
         let format = check_format(folder)?;
-        let engine = folder.join(ENGINE_FOLDER);
-        let broken = |error: fjall::Error| match error {
-            fjall::Error::Locked => OpenError::Locked { path: folder.to_owned() },
-            fjall::Error::Io(source) => OpenError::Io { path: folder.to_owned(), source },
-            error => OpenError::Corrupt { path: folder.to_owned(), why: error.to_string() },
-        };
-        let open = || {
-            Database::builder(&engine)
-                .cache_size(CACHE_BYTES)
-                .max_journaling_size(JOURNAL_BYTES)
-                .worker_threads(WORKER_THREADS)
-                .with_compaction_filter_factories(droppers(horizon))
-                .open()
-        };
-        // Some damage makes the engine panic instead. Unwind safe: of what panicked nothing is kept.
-        let database = catch_unwind(AssertUnwindSafe(open))
-            .map_err(|_panic| OpenError::Corrupt {
-                path: folder.to_owned(),
-                why: "the engine panicked over what it found".to_owned(),
-            })?
-            .map_err(broken)?;
-        let keyspaces = Table::ALL
+        // First, so that it is there wherever the other is.
+        let derived = engine(folder, DERIVED_FOLDER, horizon)?;
+        let commits = engine(folder, ENGINE_FOLDER, horizon)?;
+        let broken = |error| broken(folder, error);
+        let keyspaces: Vec<_> = Table::ALL
             .into_iter()
-            .map(|table| database.keyspace(table.name(), || options(table)))
+            .map(|table| match is_derived(table) {
+                true => keyspace(&derived, table),
+                false => keyspace(&commits, table),
+            })
             .collect::<Result<_, _>>()
             .map_err(broken)?;
         if format < FORMAT {
+            for table in Table::ALL.into_iter().filter(|table| is_derived(*table)) {
+                move_out(&commits, table, &keyspaces[table as usize]).map_err(broken)?;
+            }
             note_format(folder).map_err(io)?;
         }
-        Ok(Self { database, keyspaces, folder: folder.to_owned() })
+        Ok(Self { commits, _derived: derived, keyspaces, folder: folder.to_owned() })
     }
 
     /// Ranges of ids that cover all files in which nothing is left to be found.
@@ -116,6 +112,62 @@ impl Disk {
     fn keyspace(&self, table: Table) -> &Keyspace {
         &self.keyspaces[table as usize]
     }
+}
+
+fn engine(folder: &Path, name: &str, horizon: &Arc<Horizon>) -> Result<Database, OpenError> {
+    let open = || {
+        Database::builder(folder.join(name))
+            .cache_size(CACHE_BYTES)
+            .max_journaling_size(JOURNAL_BYTES)
+            .worker_threads(WORKER_THREADS)
+            .with_compaction_filter_factories(droppers(horizon))
+            .open()
+    };
+    // Some damage makes the engine panic instead. Unwind safe: of what panicked nothing is kept.
+    catch_unwind(AssertUnwindSafe(open))
+        .map_err(|_panic| OpenError::Corrupt {
+            path: folder.to_owned(),
+            why: "the engine panicked over what it found".to_owned(),
+        })?
+        .map_err(|error| broken(folder, error))
+}
+
+fn broken(folder: &Path, error: fjall::Error) -> OpenError {
+    let path = folder.to_owned();
+    match error {
+        fjall::Error::Locked => OpenError::Locked { path },
+        fjall::Error::Io(source) => OpenError::Io { path, source },
+        error => OpenError::Corrupt { path, why: error.to_string() },
+    }
+}
+
+/// Brought in beside the commits, in none of them.
+const fn is_derived(table: Table) -> bool {
+    matches!(table, Table::Key | Table::Index)
+}
+
+fn keyspace(engine: &Database, table: Table) -> fjall::Result<Keyspace> {
+    engine.keyspace(table.name(), || options(table))
+}
+
+/// Moves a table out of an engine, where it still is in there. After a crash it is moved once more.
+fn move_out(engine: &Database, table: Table, to: &Keyspace) -> fjall::Result<()> {
+    if !engine.keyspace_exists(table.name()) {
+        return Ok(());
+    }
+    let from = keyspace(engine, table)?;
+    let mut ingestion = to.start_ingestion()?;
+    let mut is_empty = true;
+    for row in from.iter() {
+        let (key, value) = row.into_inner()?;
+        ingestion.write(key, value)?;
+        is_empty = false;
+    }
+    // One that is begun and finished empty leaves its file behind.
+    if !is_empty {
+        ingestion.finish()?;
+    }
+    engine.delete_keyspace(from)
 }
 
 fn options(table: Table) -> KeyspaceCreateOptions {
@@ -192,6 +244,12 @@ fn check_format(folder: &Path) -> Result<u32, OpenError> {
                     known: FORMAT,
                 });
             }
+            let has_lost_keys = found == FORMAT
+                && folder.join(ENGINE_FOLDER).exists()
+                && !folder.join(DERIVED_FOLDER).exists();
+            if has_lost_keys {
+                return Err(corrupt(format!("{DERIVED_FOLDER} is missing beside the data")));
+            }
             Ok(found)
         }
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
@@ -242,9 +300,10 @@ impl Tables for Disk {
     }
 
     fn write(&self, batch: &Batch) -> Result<(), TablesError> {
-        let mut writes = fjall::OwnedWriteBatch::with_capacity(self.database.clone(), batch.len())
+        let mut writes = fjall::OwnedWriteBatch::with_capacity(self.commits.clone(), batch.len())
             .durability(Some(PersistMode::SyncData));
         for (table, key, value) in batch.entries() {
+            debug_assert!(!is_derived(table), "{} is in no commit", table.name());
             match value {
                 Some(value) => writes.insert(self.keyspace(table), key, value),
                 None => writes.remove(self.keyspace(table), key),
@@ -302,9 +361,22 @@ impl Tables for Disk {
 }
 
 #[cfg(test)]
-mod tests {
+pub mod tests {
     use super::*;
     use crate::domain::time::Timestamp;
+
+    /// Leaves the folder of a closed store as an older format has it: keys and lists where the commits are.
+    pub fn become_older(folder: &Path, format: u32) {
+        let horizon = Arc::new(Horizon::default());
+        let [derived, commits] =
+            [DERIVED_FOLDER, ENGINE_FOLDER].map(|name| engine(folder, name, &horizon).unwrap());
+        for table in Table::ALL.into_iter().filter(|table| is_derived(*table)) {
+            move_out(&derived, table, &keyspace(&commits, table).unwrap()).unwrap();
+        }
+        drop((derived, commits));
+        fs::remove_dir_all(folder.join(DERIVED_FOLDER)).unwrap();
+        fs::write(folder.join(FORMAT_FILE), format!("{format}\n")).unwrap();
+    }
 
     #[test]
     fn files_in_which_nothing_is_left_go() {

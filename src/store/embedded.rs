@@ -14,7 +14,7 @@ use async_trait::async_trait;
 use tokio::sync::{Notify, Semaphore, mpsc, oneshot, watch};
 
 use super::{
-    Backlog, Commit, Committed, DeliveryPage, DeliveryQuery, Health, Lease, ListQuery, OnCommit,
+    Answers, Backlog, Commit, DeliveryPage, DeliveryQuery, Health, Lease, ListQuery, OnCommit,
     OpenError, Page, Remembered, Store, StoreError, Versioned, Work,
     book::{Book, Releases},
     draws::{Counters, Draw},
@@ -28,7 +28,7 @@ use super::{
     shared::{Retention, Shared},
     tables::{Batch, Span, Table, Tables, TablesError},
     tail::Tail,
-    writer::{Answers, Job, Writer},
+    writer::{Job, Writer},
 };
 use crate::{
     clock::Clock,
@@ -267,7 +267,7 @@ impl Store for Embedded {
         &self.shared.secret
     }
 
-    async fn commit(&self, commits: Vec<Commit>) -> Vec<Result<Committed, StoreError>> {
+    async fn commit(&self, commits: Vec<Commit>) -> Answers {
         let count = commits.len();
         let (answer, answered) = oneshot::channel::<Answers>();
         let all = |error: StoreError| vec![Err(error); count];

@@ -16,10 +16,7 @@ use tokio::{
     task::yield_now,
 };
 
-use super::{
-    Commit, StoreError,
-    writer::{Answers, Job},
-};
+use super::{Answers, Commit, StoreError, writer::Job};
 
 /// Commits that wait on one thread for the round before theirs: as many as requests are in flight at a
 /// time, as shipped. More are refused at once.

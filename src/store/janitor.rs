@@ -34,7 +34,7 @@ const RESERVE_BYTES: u64 = 256 << 20;
 const RELIEF_BYTES: u64 = 320 << 20;
 /// The tail is brought into its tables when it has so many payments, or has waited so long: the more at
 /// once the cheaper, and the longer the more is derived again after a crash.
-const TAIL_LEAVES_AT: usize = 50_000;
+const TAIL_LEAVES_AT: usize = 150_000;
 const TAIL_LEAVES_AFTER: Duration = Duration::from_secs(5);
 /// Replies forgotten in one commit: more would hold up creates.
 const CHUNK: usize = 500;

@@ -15,27 +15,49 @@ use super::{
 /// Rows that are worked on without letting others in between.
 const AT_A_TIME: usize = 1_000;
 
-type Sorted = BTreeMap<Vec<u8>, Vec<u8>>;
+type Sorted = BTreeMap<Key, Value>;
+type Value = Box<[u8]>;
+
+/// Keys are short, and lie where the map looks for them, instead of behind a pointer each.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+struct Key {
+    /// What is missing is zero: so they are sorted as the keys are, and of two that differ in nothing else
+    /// the shorter one comes first.
+    bytes: [u8; KEY_BYTES],
+    length: u8,
+}
+
+/// The longest key of a table: a moment or a name, and an id.
+const KEY_BYTES: usize = 24;
+
+impl Key {
+    fn new(key: &[u8]) -> Self {
+        let mut bytes = [0; KEY_BYTES];
+        bytes[..key.len()].copy_from_slice(key);
+        Self { bytes, length: u8::try_from(key.len()).expect("it fits into the bytes") }
+    }
+}
+
+impl AsRef<[u8]> for Key {
+    fn as_ref(&self) -> &[u8] {
+        &self.bytes[..usize::from(self.length)]
+    }
+}
 
 #[derive(Default)]
 pub struct Memory(RwLock<[Sorted; Table::ALL.len()]>);
 
 impl Memory {
     /// Looks at the next rows; the last one it has looked at.
-    fn reclaim_some(
-        &self,
-        table: Table,
-        from: Bound<Vec<u8>>,
-        horizon: &Horizon,
-    ) -> Option<Vec<u8>> {
+    fn reclaim_some(&self, table: Table, from: Bound<Key>, horizon: &Horizon) -> Option<Key> {
         let mut all = self.0.write().unwrap_or_else(PoisonError::into_inner);
         let rows = &mut all[table as usize];
-        let looked = || rows.range((from.clone(), Bound::Unbounded)).take(AT_A_TIME);
-        let is_gone = |(key, value): &(&Vec<u8>, &Vec<u8>)| {
-            record::payment_of(table, key, value).is_some_and(|id| !horizon.has(id))
+        let looked = || rows.range((from, Bound::Unbounded)).take(AT_A_TIME);
+        let is_gone = |(key, value): &(&Key, &Value)| {
+            record::payment_of(table, key.as_ref(), value).is_some_and(|id| !horizon.has(id))
         };
-        let last = looked().last()?.0.clone();
-        let gone: Vec<_> = looked().filter(is_gone).map(|(key, _)| key.clone()).collect();
+        let last = *looked().last()?.0;
+        let gone: Vec<_> = looked().filter(is_gone).map(|(key, _)| *key).collect();
         for key in gone {
             rows.remove(&key);
         }
@@ -46,7 +68,7 @@ impl Memory {
 impl Tables for Memory {
     fn get(&self, table: Table, key: &[u8]) -> Result<Option<Vec<u8>>, TablesError> {
         let all = self.0.read().unwrap_or_else(PoisonError::into_inner);
-        Ok(all[table as usize].get(key).cloned())
+        Ok(all[table as usize].get(&Key::new(key)).map(|value| value.to_vec()))
     }
 
     fn scan(&self, table: Table, span: Span, visit: Visit<'_>) -> Result<(), TablesError> {
@@ -54,8 +76,9 @@ impl Tables for Memory {
             return Ok(());
         }
         let all = self.0.read().unwrap_or_else(PoisonError::into_inner);
-        let mut rows = all[table as usize].range((span.from, span.to));
-        let mut see = |(key, value): (&Vec<u8>, &Vec<u8>)| visit(key, value);
+        let bound = |bound: Bound<Vec<u8>>| bound.map(|key| Key::new(&key));
+        let mut rows = all[table as usize].range((bound(span.from), bound(span.to)));
+        let mut see = |(key, value): (&Key, &Value)| visit(key.as_ref(), value);
         let _: ControlFlow<()> = match span.backwards {
             true => rows.rev().try_for_each(&mut see),
             false => rows.try_for_each(&mut see),
@@ -68,8 +91,8 @@ impl Tables for Memory {
         for (table, key, value) in batch.entries() {
             let rows = &mut all[table as usize];
             match value {
-                Some(value) => drop(rows.insert(key.to_vec(), value.to_vec())),
-                None => drop(rows.remove(key)),
+                Some(value) => drop(rows.insert(Key::new(key), value.into())),
+                None => drop(rows.remove(&Key::new(key))),
             }
         }
         Ok(())
@@ -80,7 +103,7 @@ impl Tables for Memory {
         while rows.peek().is_some() {
             let mut all = self.0.write().unwrap_or_else(PoisonError::into_inner);
             let some = rows.by_ref().take(AT_A_TIME);
-            all[table as usize].extend(some.map(|(key, value)| (key.to_vec(), value.to_vec())));
+            all[table as usize].extend(some.map(|(key, value)| (Key::new(key), value.into())));
         }
         Ok(())
     }

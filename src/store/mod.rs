@@ -42,7 +42,7 @@ pub use self::{
 };
 use crate::domain::{
     ids::{Idempotency, KeyHash, PaymentId, RequestHash, StoreSecret},
-    payment::Payment,
+    payment::{Payment, Terms},
     time::Timestamp,
 };
 
@@ -67,10 +67,23 @@ pub struct Commit {
 
 #[derive(Debug)]
 pub enum Change {
-    /// `draw` is the reservation's number that the plan was drawn with.
-    Create { payment: Payment, draw: Option<Draw> },
-    /// Refused unless the stored revision is still `before`'s.
-    Update { before: Versioned, after: Payment },
+    /// A payment on these terms; `draw` is the reservation's number that its plan was drawn with.
+    Create { terms: Arc<Terms>, draw: Option<Draw> },
+    /// Boxed: commits are moved from hand to hand, and most of them create.
+    Update(Box<Update>),
+}
+
+/// Refused unless the stored revision is still `before`'s.
+#[derive(Debug)]
+pub struct Update {
+    pub before: Versioned,
+    pub after: Payment,
+}
+
+impl Change {
+    pub fn update(before: Versioned, after: Payment) -> Self {
+        Self::Update(Box::new(Update { before, after }))
+    }
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -108,6 +121,9 @@ pub enum Committed {
     /// The key is known, with the same request: nothing was stored.
     Replayed(Remembered),
 }
+
+/// One a commit, in their order.
+pub type Answers = Vec<Result<Committed, StoreError>>;
 
 /// Kinds of work that a payment can wait for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -173,9 +189,9 @@ pub trait Store: Send + Sync + 'static {
     /// Keys every hash that is stored.
     fn secret(&self) -> &StoreSecret;
 
-    /// Each commit by itself, all made durable together; the answers in order. Runs to its end also
+    /// Each commit by itself, all made durable together. Runs to its end also
     /// when nobody waits for it.
-    async fn commit(&self, commits: Vec<Commit>) -> Vec<Result<Committed, StoreError>>;
+    async fn commit(&self, commits: Vec<Commit>) -> Answers;
 
     /// What is known under a key that has not lapsed at `now`.
     async fn remembered(

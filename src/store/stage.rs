@@ -101,6 +101,11 @@ impl Stage {
         }
     }
 
+    /// A new payment that waits for nothing: no driver need hear of it.
+    pub fn note_over(&mut self, id: PaymentId, revision: Revision) {
+        self.revisions.insert(id, revision);
+    }
+
     /// Keeps the `Dead` table in step with a record: a pure function of what it was and what it becomes.
     pub fn note_dead(&mut self, before: &Payment, after: &Payment) {
         let key = *after.terms.id.bytes();

@@ -12,7 +12,8 @@ use rustc_hash::FxHashSet;
 use tokio::sync::{mpsc, oneshot};
 
 use super::{
-    Change, Commit, Committed, Health, Remembered, Reply, Revision, StoreError, Versioned,
+    Answers, Change, Commit, Committed, Health, Remembered, Reply, Revision, StoreError, Update,
+    Versioned,
     marks::{Marks, meta},
     record,
     shared::Shared,
@@ -23,7 +24,7 @@ use crate::{
     clock::Stopwatch,
     domain::{
         ids::{Idempotency, KeyHash, PaymentId},
-        payment::Payment,
+        payment::{Payment, Terms},
         time::Timestamp,
     },
 };
@@ -46,8 +47,6 @@ const BUSY_COMMITS: usize = 8;
 const COMPANY_COMMITS: usize = 500;
 /// Marks are written along with a batch, at most this often.
 const MARKS_EVERY: Duration = Duration::from_secs(1);
-
-pub type Answers = Vec<Result<Committed, StoreError>>;
 
 pub enum Job {
     Commit {
@@ -289,15 +288,18 @@ impl Writer {
         }
         let revision = match change {
             None => Revision(0),
-            Some(Change::Create { payment, draw }) => {
-                self.stage_create(stage, payment)?;
+            Some(Change::Create { terms, draw }) => {
+                self.stage_create(stage, terms)?;
                 if let Some(draw) = draw {
                     stage.batch.put(Table::Counter, draw.reservation, draw.next().to_be_bytes());
                     stage.draws.push(draw);
                 }
                 Revision(0)
             }
-            Some(Change::Update { before, after }) => self.stage_update(stage, &before, after)?,
+            Some(Change::Update(update)) => {
+                let Update { before, after } = *update;
+                self.stage_update(stage, &before, after)?
+            }
         };
         if let Some(reply) = reply {
             self.stage_reply(stage, reply);
@@ -306,15 +308,14 @@ impl Writer {
         Ok(Committed::Done(revision))
     }
 
-    fn stage_create(&mut self, stage: &mut Stage, payment: Payment) -> Result<(), StoreError> {
-        let terms = &payment.terms;
+    fn stage_create(&mut self, stage: &mut Stage, terms: Arc<Terms>) -> Result<(), StoreError> {
         let shared = &self.shared;
         if stage.room == 0 || shared.dropping_behind.load(Ordering::Relaxed) {
             return Err(StoreError::Overloaded);
         }
         stage.room -= 1;
-        stage.batch.put_with(Table::Payment, terms.id.bytes(), |b| record::terms(terms, b));
-        stage.derived.push(shared.derived(terms));
+        stage.batch.put_with(Table::Payment, terms.id.bytes(), |b| record::terms(&terms, b));
+        stage.derived.push(shared.derived(&terms));
         if let Some(Idempotency { key, request }) = terms.idempotency {
             stage.keys.insert(key, Remembered::Created { request, id: terms.id });
         }
@@ -327,7 +328,12 @@ impl Writer {
         }
         stage.payments += 1;
         stage.newest = stage.newest.max(Some(terms.id));
-        stage.note(Versioned { payment, revision: Revision(0) }, None);
+        if terms.are_settled_at_once() {
+            stage.note_over(terms.id, Revision(0));
+        } else {
+            let payment = Payment::create(terms);
+            stage.note(Versioned { payment, revision: Revision(0) }, None);
+        }
         Ok(())
     }
 
@@ -469,10 +475,10 @@ impl Writer {
 fn key_of(change: Option<&Change>, reply: Option<&Reply>) -> Option<(Idempotency, Timestamp)> {
     match (change, reply) {
         (_, Some(reply)) => Some((reply.idempotency, reply.at)),
-        (Some(Change::Create { payment, .. }), None) => {
-            payment.terms.idempotency.map(|key| (key, payment.terms.created_at))
+        (Some(Change::Create { terms, .. }), None) => {
+            terms.idempotency.map(|key| (key, terms.created_at))
         }
-        (Some(Change::Update { .. }) | None, None) => None,
+        (Some(Change::Update(_)) | None, None) => None,
     }
 }
 

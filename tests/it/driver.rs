@@ -35,7 +35,7 @@ fn a_step_that_fails_leaves_its_thread_to_others() {
         let clock = ManualClock::at_ms(1_767_225_600_000);
         let (shared, app) = outbox(&clock);
         let expires = NewPayment { scenario: Some(Scenario::Manual), ..new_payment("r") };
-        app.create(expires, None).await.unwrap();
+        app.create(expires, None, app.now()).await.unwrap();
         shared.store.close().await;
         assert_eq!(shared.store.backlog(Work::Wake).pending, 1);
         let scheduler = Scheduler {

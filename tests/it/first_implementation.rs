@@ -113,7 +113,7 @@ async fn a_failed_entry_is_no_success_it_stays_owed_and_it_alone_is_sent_again()
     let (shared, app) = outbox(&clock);
     let mut ids = Vec::new();
     for n in 0..3 {
-        let created = app.create(new_payment(&format!("r-{n}")), None).await.unwrap();
+        let created = app.create(new_payment(&format!("r-{n}")), None, app.now()).await.unwrap();
         ids.push(created.terms.id);
     }
     let courier = Arc::new(OneFails { fails: Mutex::new(Some(ids[1])), batches: Mutex::default() });

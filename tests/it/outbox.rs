@@ -106,7 +106,7 @@ impl Bed {
     }
 
     async fn pay(&self) -> PaymentId {
-        self.app.create(new_payment("r"), None).await.unwrap().terms.id
+        self.app.create(new_payment("r"), None, self.app.now()).await.unwrap().terms.id
     }
 
     async fn calls(&self, n: usize) -> Vec<Vec<(PaymentId, u32)>> {
@@ -243,7 +243,7 @@ async fn what_came_of_attempts_is_all_kept_and_undoes_no_change() {
     let webhooks = Webhooks::new(shared.clone(), courier.clone(), limits, done);
     let webhook_url = Some("http://shop.example/hook".to_owned());
     let new = NewPayment { webhook_url, ..new_payment("r") };
-    let id = app.create(new, None).await.unwrap().terms.id;
+    let id = app.create(new, None, app.now()).await.unwrap().terms.id;
     events.step().await;
     webhooks.step().await;
     let both = async || (courier.calls.lock().unwrap().len() == 2).then_some(());
@@ -281,7 +281,7 @@ async fn a_step_takes_so_many_of_a_backlog_and_no_more() {
     let webhooks = Webhooks::new(shared.clone(), courier.clone(), limits, done);
     for _ in 0..BACKLOG {
         let webhook_url = Some("http://down.example/hook".to_owned());
-        app.create(NewPayment { webhook_url, ..new_payment("r") }, None).await.unwrap();
+        app.create(NewPayment { webhook_url, ..new_payment("r") }, None, app.now()).await.unwrap();
     }
     // All of it is taken in, and ten are under way.
     while webhooks.step().await > 0 {}

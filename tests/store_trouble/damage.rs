@@ -107,7 +107,7 @@ impl Original {
         runtime.block_on(async {
             for batch in payments.chunks(BATCH) {
                 let commits = batch.iter().map(|payment| {
-                    let change = Change::Create { payment: payment.clone(), draw: None };
+                    let change = Change::Create { terms: Arc::clone(&payment.terms), draw: None };
                     Commit { change: Some(change), reply: None }
                 });
                 for answer in store.commit(commits.collect()).await {

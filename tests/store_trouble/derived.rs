@@ -59,7 +59,7 @@ fn keyed(n: usize) -> CreatePaymentIntentRequest {
 /// one more once something was brought in.
 fn tables(data: &Path) -> usize {
     let files = |folder: &Path| fs::read_dir(folder).into_iter().flatten().flatten();
-    let keyspaces = files(&data.join("fjall/keyspaces"));
+    let keyspaces = files(&data.join("derived/keyspaces"));
     keyspaces.map(|keyspace| files(&keyspace.path().join("tables")).count()).sum()
 }
 

@@ -192,7 +192,7 @@ async fn create(load: &Load, store: Arc<Embedded>, seen: Arc<Seen>) {
         let now = Timestamp::from_ms(SystemClock.now_ms());
         let commits = (0..BATCH).map(|k| {
             let payment = maker.payment(i * BATCH + k, now);
-            Commit { change: Some(Change::Create { payment, draw: None }), reply: None }
+            Commit { change: Some(Change::Create { terms: payment.terms, draw: None }), reply: None }
         });
         let commits = commits.collect();
         let (store, seen) = (Arc::clone(&store), Arc::clone(&seen));
@@ -254,7 +254,7 @@ async fn lease(
         let stored = store.get(lease.id).await.map_err(|error| error.to_string())?;
         let before = stored.ok_or("a payment is gone")?;
         let after = delivered(&before.payment, now).ok_or("a due delivery is not owed")?;
-        commits.push(Commit { change: Some(Change::Update { before, after }), reply: None });
+        commits.push(Commit { change: Some(Change::update(before, after)), reply: None });
     }
     Ok((!commits.is_empty()).then_some((leases, commits)))
 }
