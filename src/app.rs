@@ -171,7 +171,7 @@ impl App {
         match known {
             Remembered::Created { id, .. } => {
                 let stored = self.store.get(id).await?.ok_or(Error::NotFound)?;
-                Ok(Created { terms: stored.payment.terms, replayed: true })
+                Ok(Created { terms: Arc::clone(&stored.payment.terms), replayed: true })
             }
             Remembered::Replied { .. } => {
                 Err(StoreError::Corrupt("a create's key holds a reply".to_owned()).into())
@@ -284,7 +284,7 @@ impl App {
         if user_id.is_some_and(|user| user != stored.payment.terms.user_id) {
             return Err(Error::NotYours);
         }
-        Ok(stored.payment)
+        Ok(Arc::unwrap_or_clone(stored).payment)
     }
 
     pub async fn list(&self, query: ListQuery) -> Result<Page, Error> {
@@ -392,7 +392,7 @@ impl App {
 
     async fn attempt(
         &self,
-        before: &Versioned,
+        before: &Arc<Versioned>,
         command: &Command,
         caller: Caller<'_>,
     ) -> Result<Executed, Error> {
@@ -419,7 +419,7 @@ impl App {
             }
         };
         let after = after.clone();
-        let change = step.changed.map(|after| Change::update(before.clone(), after));
+        let change = step.changed.map(|after| Change::update(Arc::clone(before), after));
         if change.is_some() || reply.is_some() {
             match store::commit_one(&*self.store, Commit { change, reply }).await? {
                 Committed::Done(_) => self.count_outcome(Some(&before.payment), &after),

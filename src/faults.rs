@@ -70,7 +70,7 @@ fn name() -> Option<String> {
 }
 
 /// The payments that are about to be woken, as they were before.
-pub fn wakes_again(commits: &[Commit]) -> Vec<Versioned> {
+pub fn wakes_again(commits: &[Commit]) -> Vec<Arc<Versioned>> {
     if chosen() != Some(Fault::DoubleTick) {
         return Vec::new();
     }
@@ -82,7 +82,7 @@ pub fn wakes_again(commits: &[Commit]) -> Vec<Versioned> {
 }
 
 /// Wakes them a second time, some time after the first.
-pub async fn wake_again(store: &dyn Store, stale: Vec<Versioned>) {
+pub async fn wake_again(store: &dyn Store, stale: Vec<Arc<Versioned>>) {
     if stale.is_empty() {
         return;
     }

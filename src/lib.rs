@@ -38,6 +38,7 @@ pub mod log_budget;
 pub mod metrics;
 pub mod ops;
 pub mod process;
+pub mod recent;
 pub mod runtime;
 pub mod server;
 pub mod service;

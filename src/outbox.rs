@@ -62,7 +62,7 @@ impl Shared {
 /// The right to a payment's deliveries on a channel, with the payment as it was read under it.
 struct Claim {
     lease: Lease,
-    stored: Versioned,
+    stored: Arc<Versioned>,
 }
 
 impl Claim {

@@ -108,7 +108,7 @@ fn created(payment: Payment) -> Commit {
 fn settled(maker: &Maker, n: u64, at: Timestamp) -> Result<[Commit; 2], String> {
     let payment = maker.payment(n, at);
     let after = delivered(&payment, at).ok_or("nothing was owed")?;
-    let before = Versioned { payment: payment.clone(), revision: Revision(0) };
+    let before = Arc::new(Versioned { payment: payment.clone(), revision: Revision(0) });
     let change = Change::update(before, after);
     Ok([created(payment), Commit { change: Some(change), reply: None }])
 }

@@ -423,7 +423,7 @@ impl Listing {
             previous_cursor: previous.map(|id| cursor(id, true)).unwrap_or_default(),
         };
         pb::ListPaymentsResponse {
-            payments: payments.iter().map(listed).collect(),
+            payments: payments.iter().map(|stored| listed(stored)).collect(),
             page_info: Some(page_info),
             error: None,
         }
@@ -436,7 +436,7 @@ fn listed(stored: &Versioned) -> pb::Payment {
 }
 
 /// As many payments as fit into a reply, counted from where the walk began; where it was cut, if it was.
-fn fit(mut payments: Vec<Versioned>, newer: bool) -> (Vec<Versioned>, Option<PaymentId>) {
+fn fit(mut payments: Vec<Arc<Versioned>>, newer: bool) -> (Vec<Arc<Versioned>>, Option<PaymentId>) {
     if newer {
         payments.reverse();
     }

@@ -1,5 +1,7 @@
 //! Events: `PutEvents`, up to ten a call. The call answers entry by entry, and so does the courier.
 
+use std::borrow::Cow;
+
 use async_trait::async_trait;
 use aws_config::SdkConfig;
 use aws_sdk_eventbridge::{
@@ -39,8 +41,7 @@ impl EventBridgeCourier {
             .source(&self.source)
             .detail_type(parcel.topic.detail_type())
             .event_bus_name(&self.bus)
-            // A body that is not UTF-8 is not JSON either: the bus refuses it as MalformedDetail.
-            .detail(String::from_utf8_lossy(&parcel.body))
+            .detail(text(&parcel.body))
             .set_trace_header(trace_header(&parcel.trace))
             .build()
     }
@@ -79,6 +80,15 @@ impl Batched for EventBridgeCourier {
             Ok(output) => Answer::entry_by_entry(verdicts(&output, parcels.len(), noted)),
             Err(error) => Answer::failed(&error, is_of_content, parcels.len(), noted),
         }
+    }
+}
+
+/// One that is not UTF-8 is not JSON either: the bus refuses it as MalformedDetail.
+fn text(body: &[u8]) -> Cow<'_, str> {
+    match str::from_utf8(body) {
+        // Quicker than to look for what is wrong: nothing is.
+        Ok(text) => Cow::Borrowed(text),
+        Err(_) => String::from_utf8_lossy(body),
     }
 }
 

@@ -37,6 +37,7 @@ use crate::{
     clock::Stopwatch,
     domain::{delivery::Attempted, payment::Trace, signature::Signer, time::Timestamp},
     egress::Policy,
+    recent::Recent,
 };
 
 /// How much of a reply's body is read, so that its connection can be used again. A longer one is cut off:
@@ -82,6 +83,7 @@ pub struct WebhookSettings {
 /// Generic in how it connects: tests bring connections of their own.
 pub struct WebhookCourier<C = Connector> {
     client: Client<C, Full<Bytes>>,
+    targets: Recent<Option<Uri>>,
     signer: Signer,
     timeout: Duration,
 }
@@ -117,7 +119,8 @@ impl<C: Connect + Clone + Send + Sync + 'static> WebhookCourier<C> {
             .http2_max_concurrent_reset_streams(RESETS_MAX)
             .http2_max_local_error_reset_streams(RESETS_MAX)
             .build(connector);
-        Self { client, signer: settings.signer, timeout: settings.timeout }
+        let targets = Recent::default();
+        Self { client, targets, signer: settings.signer, timeout: settings.timeout }
     }
 
     async fn post(&self, parcel: &Parcel, now: Timestamp) -> Attempted {
@@ -169,7 +172,7 @@ impl<C: Connect + Clone + Send + Sync + 'static> WebhookCourier<C> {
         }
         let mut request = Request::new(Full::new(parcel.body.clone()));
         *request.method_mut() = Method::POST;
-        *request.uri_mut() = target(url)?;
+        *request.uri_mut() = self.targets.get(url, target)?;
         *request.headers_mut() = headers;
         Some(request)
     }

@@ -21,6 +21,7 @@ use crate::{
         time::Timestamp,
     },
     driver::{self, Step},
+    recent::Recent,
     store::{Lease, StoreError, Work},
 };
 
@@ -50,6 +51,7 @@ struct Sender {
     shared: Shared,
     courier: Arc<dyn Courier>,
     lanes: Mutex<Lanes<Waiting>>,
+    origins: Recent<Option<Origin>>,
     /// Wakes the loop when a place is free.
     freed: Arc<Notify>,
     /// Ends the attempts in flight; what they carry stays owed.
@@ -69,6 +71,7 @@ impl Webhooks {
             shared,
             courier,
             lanes: Mutex::new(Lanes::new(limits)),
+            origins: Recent::default(),
             freed,
             abandon: CancellationToken::new(),
             done,
@@ -116,7 +119,8 @@ impl Webhooks {
         for lease in leases {
             let Some(claim) = shared.claim(lease, now).await? else { continue };
             let url = claim.stored.payment.terms.webhook_url.as_deref();
-            let origin = url.and_then(origin).unwrap_or_else(nowhere);
+            let origin = url.and_then(|url| self.sender.origins.get(url, origin));
+            let origin = origin.unwrap_or_else(nowhere);
             let mut lanes = self.sender.lanes();
             let waiting = match lanes.waiting() < READ_KEPT {
                 true => Waiting::Read(Box::new(claim)),

@@ -129,12 +129,16 @@ impl Bed {
         commit_one(&**self.store(), Commit { change: Some(change), reply: None }).await
     }
 
-    async fn update(&self, before: Versioned, after: Payment) -> Result<Committed, StoreError> {
+    async fn update(
+        &self,
+        before: Arc<Versioned>,
+        after: Payment,
+    ) -> Result<Committed, StoreError> {
         let change = Change::update(before, after);
         commit_one(&**self.store(), Commit { change: Some(change), reply: None }).await
     }
 
-    async fn get(&self, payment: &Payment) -> Option<Versioned> {
+    async fn get(&self, payment: &Payment) -> Option<Arc<Versioned>> {
         self.store().get(payment.terms.id).await.unwrap()
     }
 
@@ -254,7 +258,7 @@ async fn a_payment_comes_back_as_it_was_stored(bed: Bed) {
         let payment = bed.payment(n, scenario, None);
         assert_eq!(bed.create(&payment).await, Ok(Committed::Done(Revision(0))));
         let stored = bed.get(&payment).await.unwrap();
-        assert_eq!(stored, Versioned { payment, revision: Revision(0) });
+        assert_eq!(*stored, Versioned { payment, revision: Revision(0) });
     }
     let unknown = bed.payment(99, Scenario::Approve, None);
     assert_eq!(bed.get(&unknown).await, None);
@@ -274,7 +278,11 @@ async fn an_update_on_an_old_revision_is_refused(bed: Bed) {
     assert_eq!(bed.get(&payment).await.unwrap().payment, after);
     let ghost = bed.payment(2, Scenario::Manual, None);
     let before = Versioned { payment: ghost.clone(), revision: Revision(0) };
-    assert_eq!(bed.update(before, ghost).await, Err(StoreError::Conflict), "never created");
+    assert_eq!(
+        bed.update(Arc::new(before), ghost).await,
+        Err(StoreError::Conflict),
+        "never created"
+    );
 }
 
 async fn a_key_is_answered_once_and_for_all_until_it_lapses(bed: Bed) {
@@ -598,7 +606,11 @@ async fn what_changes_while_it_is_judged_stays(bed: Bed) {
     assert!(bed.get(&late).await.is_some(), "it came meanwhile, with an older id");
     assert!(bed.get(&gone).await.is_none());
     let before = Versioned { payment: gone.clone(), revision: Revision(1) };
-    assert_eq!(bed.update(before, gone).await, Err(StoreError::Conflict), "it does not come back");
+    assert_eq!(
+        bed.update(Arc::new(before), gone).await,
+        Err(StoreError::Conflict),
+        "it does not come back"
+    );
     let later = Payment::create(Arc::new(Terms { id: ids[0].next(), ..(*late.terms).clone() }));
     bed.create(&later).await.unwrap();
     assert!(bed.get(&later).await.is_some(), "its id is older than the horizon");

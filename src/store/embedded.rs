@@ -285,7 +285,7 @@ impl Store for Embedded {
         self.shared.remembered(key, now)
     }
 
-    async fn get(&self, id: PaymentId) -> Result<Option<Versioned>, StoreError> {
+    async fn get(&self, id: PaymentId) -> Result<Option<Arc<Versioned>>, StoreError> {
         self.shared.get(id)
     }
 

@@ -89,8 +89,8 @@ impl<'a> Judge<'a> {
     /// At a payment that was kept.
     pub fn look_again(&mut self, id: PaymentId) -> Result<(), StoreError> {
         match self.shared.get(id) {
-            Ok(Some(Versioned { payment, .. })) => match self.fate(&payment) {
-                Fate::Goes { early } => self.goes(&payment, early),
+            Ok(Some(stored)) => match self.fate(&stored.payment) {
+                Fate::Goes { early } => self.goes(&stored.payment, early),
                 Fate::Stays | Fate::NotYet => {}
             },
             Ok(None) | Err(StoreError::Corrupt(_)) => {}

@@ -55,7 +55,7 @@ pub struct ListQuery {
 #[derive(Debug, Default)]
 pub struct Page {
     /// Newest first, whatever the direction.
-    pub payments: Vec<Versioned>,
+    pub payments: Vec<Arc<Versioned>>,
     /// There may be more in the direction of the walk, beyond this id.
     pub more_beyond: Option<PaymentId>,
     /// Matches among those examined, up to 1,000.
@@ -276,7 +276,7 @@ pub fn deliveries(shared: &Shared, query: &DeliveryQuery) -> Result<DeliveryPage
             }
             examined += 1;
             if let Some(stored) = shared.get(id)? {
-                let payment = Arc::new(stored.payment);
+                let payment = Arc::new(Arc::unwrap_or_clone(stored).payment);
                 page.more_beyond = page.take(query, &payment);
                 if page.more_beyond.is_some() {
                     return Ok(page);

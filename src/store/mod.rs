@@ -76,12 +76,12 @@ pub enum Change {
 /// Refused unless the stored revision is still `before`'s.
 #[derive(Debug)]
 pub struct Update {
-    pub before: Versioned,
+    pub before: Arc<Versioned>,
     pub after: Payment,
 }
 
 impl Change {
-    pub fn update(before: Versioned, after: Payment) -> Self {
+    pub fn update(before: Arc<Versioned>, after: Payment) -> Self {
         Self::Update(Box::new(Update { before, after }))
     }
 }
@@ -200,7 +200,8 @@ pub trait Store: Send + Sync + 'static {
         now: Timestamp,
     ) -> Result<Option<Remembered>, StoreError>;
 
-    async fn get(&self, id: PaymentId) -> Result<Option<Versioned>, StoreError>;
+    /// Shared: whoever wakes a payment, or attempts its deliveries, finds the same one.
+    async fn get(&self, id: PaymentId) -> Result<Option<Arc<Versioned>>, StoreError>;
 
     /// The newest payment when the store was opened.
     fn newest(&self) -> Option<PaymentId>;
@@ -248,7 +249,7 @@ impl Lease {
         self,
         store: &dyn Store,
         now: Timestamp,
-    ) -> Result<Option<(Versioned, Self)>, StoreError> {
+    ) -> Result<Option<(Arc<Versioned>, Self)>, StoreError> {
         match store.get(self.id).await {
             Ok(Some(stored)) => Ok(Some((stored, self))),
             Ok(None) => Ok(None),

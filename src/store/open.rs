@@ -1,7 +1,7 @@
 //! Payments that wait for something, as last stored: whatever wakes one, attempts its deliveries or writes
 //! back what came of them would else read and decode it each time.
 
-use std::sync::{PoisonError, RwLock};
+use std::sync::{Arc, PoisonError, RwLock};
 
 use rustc_hash::FxHashMap;
 
@@ -15,7 +15,7 @@ const PARTS: usize = 64;
 
 /// In parts: a map that grows moves all that it holds, and commits would wait for it. Keyed by ids, which
 /// are made here: nobody outside can choose some that collide.
-pub struct OpenPayments([RwLock<FxHashMap<PaymentId, Versioned>>; PARTS]);
+pub struct OpenPayments([RwLock<FxHashMap<PaymentId, Arc<Versioned>>>; PARTS]);
 
 impl Default for OpenPayments {
     fn default() -> Self {
@@ -24,11 +24,11 @@ impl Default for OpenPayments {
 }
 
 impl OpenPayments {
-    fn part(&self, id: PaymentId) -> &RwLock<FxHashMap<PaymentId, Versioned>> {
+    fn part(&self, id: PaymentId) -> &RwLock<FxHashMap<PaymentId, Arc<Versioned>>> {
         &self.0[usize::from(id.bytes()[15]) % PARTS]
     }
 
-    pub fn get(&self, id: PaymentId) -> Option<Versioned> {
+    pub fn get(&self, id: PaymentId) -> Option<Arc<Versioned>> {
         self.part(id).read().unwrap_or_else(PoisonError::into_inner).get(&id).cloned()
     }
 
@@ -40,7 +40,7 @@ impl OpenPayments {
     /// Takes note of payments as they are now stored: those that wait, and those that do not any more.
     pub fn note(
         &self,
-        waiting: impl IntoIterator<Item = Versioned>,
+        waiting: impl IntoIterator<Item = Arc<Versioned>>,
         done: impl IntoIterator<Item = PaymentId>,
     ) {
         for stored in waiting {

@@ -94,7 +94,7 @@ impl Shared {
         })
     }
 
-    pub fn get(&self, id: PaymentId) -> Result<Option<Versioned>, StoreError> {
+    pub fn get(&self, id: PaymentId) -> Result<Option<Arc<Versioned>>, StoreError> {
         if let Some(open) = self.open.get(id) {
             return Ok(Some(open));
         }
@@ -104,7 +104,7 @@ impl Shared {
         if !self.horizon.has(id) {
             return Ok(None);
         }
-        record::payment(&terms, state.as_deref()).map(Some)
+        record::payment(&terms, state.as_deref()).map(|stored| Some(Arc::new(stored)))
     }
 
     pub fn remembered(

@@ -1,5 +1,7 @@
 //! What one batch of the writer is about to make true.
 
+use std::sync::Arc;
+
 use rustc_hash::{FxHashMap, FxHashSet};
 
 use super::{
@@ -24,7 +26,7 @@ pub struct Stage {
     pub keys: FxHashMap<KeyHash, Remembered>,
     pub dues: Vec<(PaymentId, Dues, Option<Timestamp>)>,
     /// Payments that wait for something, as they will be stored, and those that do not any more.
-    pub waiting: Vec<Versioned>,
+    pub waiting: Vec<Arc<Versioned>>,
     pub done: Vec<PaymentId>,
     pub oldest: Option<PaymentId>,
     pub nearest_entry: Option<Timestamp>,
@@ -95,7 +97,7 @@ impl Stage {
         self.dues.push((id, dues, entry));
         self.revisions.insert(id, stored.revision);
         if waits_in_memory {
-            self.waiting.push(stored);
+            self.waiting.push(Arc::new(stored));
         } else {
             self.done.push(id);
         }

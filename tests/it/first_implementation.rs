@@ -128,7 +128,7 @@ async fn a_failed_entry_is_no_success_it_stays_owed_and_it_alone_is_sent_again()
     let state = |id| {
         let store = Arc::clone(&shared.store);
         async move {
-            let payment = store.get(id).await.unwrap().unwrap().payment;
+            let payment = store.get(id).await.unwrap().unwrap().payment.clone();
             let event = payment.progress.notifications[0].delivery(Channel::Event).unwrap();
             (event.attempts_made == 1).then(|| event.state.clone())
         }
