@@ -48,6 +48,24 @@ pub(crate) fn payment(scenario: Scenario) -> Payment {
     }))
 }
 
+#[test]
+fn terms_know_what_is_settled_from_the_start() {
+    for scenario in Scenario::ALL {
+        for (events, hook) in
+            [(false, None), (true, None), (false, Some("http://127.0.0.1:9/hook"))]
+        {
+            let terms = payment(scenario).terms;
+            let terms = Terms { events, webhook_url: hook.map(Into::into), ..(*terms).clone() };
+            let payment = Payment::create(Arc::new(terms.clone()));
+            assert_eq!(
+                terms.are_settled_at_once(),
+                payment.is_settled(),
+                "{scenario:?} {events} {hook:?}"
+            );
+        }
+    }
+}
+
 fn process() -> Command {
     Command::Process { card: None, vat: None }
 }

@@ -11,8 +11,11 @@ use std::{
 
 use fjall::{
     AbstractTree, Database, Keyspace, KeyspaceCreateOptions, PersistMode,
-    compaction::filter::{
-        CompactionFilter, CompactionFilterResult, Context, Factory, ItemAccessor, Verdict,
+    compaction::{
+        Leveled,
+        filter::{
+            CompactionFilter, CompactionFilterResult, Context, Factory, ItemAccessor, Verdict,
+        },
     },
     config::{BloomConstructionPolicy, FilterPolicy, FilterPolicyEntry},
 };
@@ -37,11 +40,9 @@ const DERIVED_FOLDER: &str = "derived";
 /// Of each engine. Fresh keys are looked up with every keyed create: with 20 M keys a smaller cache makes
 /// each cost twenty times as much.
 const CACHE_BYTES: u64 = 96 << 20;
-/// Small memtables reopen in a second and keep the longest commit near 0.1 s.
-const MEMTABLE_BYTES: u64 = 16 << 20;
-/// Holds what 30,000 payments a second make in two seconds: what becomes of a payment by then reads
-/// it from memory.
-const PAYMENTS_BYTES: u64 = 32 << 20;
+/// Of a memtable, and of a file that others are merged into. While one is synced, syncs of the journal wait
+/// for it, as file systems order them: small ones keep the longest commit near 20 ms.
+const FILE_BYTES: u64 = 8 << 20;
 /// What is replayed at start at most, about a second for each 50 MB.
 const JOURNAL_BYTES: u64 = 128 << 20;
 /// One, because of several one passes every compaction on to the others, and spins while these are busy.
@@ -171,7 +172,10 @@ fn move_out(engine: &Database, table: Table, to: &Keyspace) -> fjall::Result<()>
 }
 
 fn options(table: Table) -> KeyspaceCreateOptions {
-    let options = KeyspaceCreateOptions::default().max_memtable_size(MEMTABLE_BYTES);
+    let strategy = Leveled::default().with_table_target_size(FILE_BYTES);
+    let options = KeyspaceCreateOptions::default()
+        .max_memtable_size(FILE_BYTES)
+        .compaction_strategy(Arc::new(strategy));
     match table {
         Table::Key | Table::Reply => {
             let bits = BloomConstructionPolicy::BitsPerKey(KEY_FILTER_BITS);
@@ -179,9 +183,7 @@ fn options(table: Table) -> KeyspaceCreateOptions {
         }
         // Ids are looked up because they are known, and each lies in one table: a filter would never
         // say no.
-        Table::Payment => {
-            options.max_memtable_size(PAYMENTS_BYTES).filter_policy(FilterPolicy::disabled())
-        }
+        Table::Payment => options.filter_policy(FilterPolicy::disabled()),
         // Only walked through.
         Table::Index | Table::Lapse | Table::Due | Table::Dead | Table::Kept => {
             options.filter_policy(FilterPolicy::disabled())
@@ -282,6 +284,10 @@ fn failed(error: impl std::fmt::Display) -> TablesError {
 }
 
 impl Tables for Disk {
+    fn are_on_disk(&self) -> bool {
+        true
+    }
+
     fn get(&self, table: Table, key: &[u8]) -> Result<Option<Vec<u8>>, TablesError> {
         let value = self.keyspace(table).get(key).map_err(failed)?;
         Ok(value.map(|value| value.to_vec()))

@@ -66,6 +66,10 @@ impl Memory {
 }
 
 impl Tables for Memory {
+    fn are_on_disk(&self) -> bool {
+        false
+    }
+
     fn get(&self, table: Table, key: &[u8]) -> Result<Option<Vec<u8>>, TablesError> {
         let all = self.0.read().unwrap_or_else(PoisonError::into_inner);
         Ok(all[table as usize].get(&Key::new(key)).map(|value| value.to_vec()))

@@ -12,7 +12,7 @@ use super::{
     tail::Derived,
 };
 use crate::domain::{
-    ids::{KeyHash, PaymentId},
+    ids::{Idempotency, KeyHash, PaymentId},
     payment::Payment,
     time::Timestamp,
 };
@@ -100,6 +100,17 @@ impl Stage {
             self.waiting.push(Arc::new(stored));
         } else {
             self.done.push(id);
+        }
+    }
+
+    /// What would be brought in later, at once.
+    pub fn put_derived(&mut self, derived: &Derived) {
+        let id = derived.id;
+        if let Some(Idempotency { key, request }) = derived.idempotency {
+            self.batch.put(Table::Key, key.0, record::created(request, id));
+        }
+        for name in derived.names {
+            self.batch.put(Table::Index, record::index_key(name, id), []);
         }
     }
 

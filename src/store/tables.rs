@@ -158,6 +158,10 @@ pub type Visit<'a> = &'a mut dyn FnMut(&[u8], &[u8]) -> ControlFlow<()>;
 pub type Rows<'a> = &'a mut dyn Iterator<Item = (&'a [u8], &'a [u8])>;
 
 pub trait Tables: Send + Sync + 'static {
+    /// Where they are, syncs are better few, and rows that no commit needs are brought in later, many at a
+    /// time.
+    fn are_on_disk(&self) -> bool;
+
     fn get(&self, table: Table, key: &[u8]) -> Result<Option<Vec<u8>>, TablesError>;
 
     fn scan(&self, table: Table, span: Span, visit: Visit<'_>) -> Result<(), TablesError>;

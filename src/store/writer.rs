@@ -44,7 +44,7 @@ const SYNC_EVERY: Duration = Duration::from_millis(2);
 /// they get it at once.
 const BUSY_COMMITS: usize = 8;
 /// So many are company enough.
-const COMPANY_COMMITS: usize = 500;
+const COMPANY_COMMITS: usize = 250;
 /// Marks are written along with a batch, at most this often.
 const MARKS_EVERY: Duration = Duration::from_secs(1);
 
@@ -155,10 +155,11 @@ impl Writer {
         // A panic here would leave callers without an answer and the store half known: end at once.
         let _abort = AbortOnPanic;
         let mut jobs = Vec::with_capacity(JOBS_MAX);
+        let are_synced = self.shared.tables.are_on_disk();
         let mut pace = Pace { began: Stopwatch::start(), commits: 0 };
         while self.jobs.blocking_recv_many(&mut jobs, JOBS_MAX) > 0 {
             let commits = |jobs: &[Job]| jobs.iter().map(Job::commits).sum();
-            if let Some(wait) = pace.wait(commits(&jobs), pace.began.elapsed()) {
+            if are_synced && let Some(wait) = pace.wait(commits(&jobs), pace.began.elapsed()) {
                 std::thread::sleep(wait);
                 while jobs.len() < JOBS_MAX
                     && let Ok(job) = self.jobs.try_recv()
@@ -315,7 +316,12 @@ impl Writer {
         }
         stage.room -= 1;
         stage.batch.put_with(Table::Payment, terms.id.bytes(), |b| record::terms(&terms, b));
-        stage.derived.push(shared.derived(&terms));
+        let derived = shared.derived(&terms);
+        if shared.tables.are_on_disk() {
+            stage.derived.push(derived);
+        } else {
+            stage.put_derived(&derived);
+        }
         if let Some(Idempotency { key, request }) = terms.idempotency {
             stage.keys.insert(key, Remembered::Created { request, id: terms.id });
         }
