@@ -147,7 +147,7 @@ type Answering = Pin<Box<dyn Future<Output = Result<Response<Reply>, Infallible>
 
 /// A request that is let in: its place, unless it needs none, and how long it may take.
 struct Admitted {
-    place: Option<Slot>,
+    place: Option<ReleaseAtEnd>,
     deadline: Duration,
 }
 
@@ -203,7 +203,7 @@ impl<T: Calls> Edge<T> {
         }
         let place = match request.uri().path().starts_with(HEALTH_PREFIX) {
             true => None,
-            false => Some(Slot::take(&self.0.slots).ok_or_else(overloaded)?),
+            false => Some(ReleaseAtEnd(Slot::take(&self.0.slots).ok_or_else(overloaded)?)),
         };
         let longest = self.0.limits.deadline;
         Ok(Admitted { place, deadline: wanted.map_or(longest, |wanted| wanted.min(longest)) })
@@ -265,11 +265,10 @@ fn answer_payment<T: Calls, B: http_body::Body<Data = Bytes> + Unpin>(
 ) -> impl Future<Output = Result<Response<Reply>, Infallible>> {
     let (head, mut body) = request.into_parts();
     let spoken = unary::check_encoding(&head.headers);
-    let mut head =
-        Some(unary::Head { headers: head.headers, trace: account.trace, slot: place.clone() });
+    let slot = place.as_ref().map(|place| place.0.clone());
+    let mut head = Some(unary::Head { headers: head.headers, trace: account.trace, slot });
     async move {
-        // Whoever else keeps the place: it is free when the call has ended, however it ends.
-        let _place = place.map(ReleaseAtEnd);
+        let _place = place;
         let answered = {
             let Connection { edge, untaken, .. } = &*account.connection;
             let count = |message| untaken.count(message).map_err(too_much_untaken);
@@ -297,7 +296,7 @@ where
     B: http_body::Body<Data = Bytes> + Send + 'static,
     B::Error: Into<Box<dyn Error + Send + Sync>> + Send,
 {
-    let _place = place.map(ReleaseAtEnd);
+    let _place = place;
     request.extensions_mut().insert(account.trace);
     let answered = account.connection.route(deadline, request).await;
     Ok(account.close(answered))
@@ -321,7 +320,7 @@ impl<T: Calls> Connection<T> {
             response
         });
         if is_stream {
-            let response = edge.survive(call.as_mut()).await?;
+            let response = in_our_words(edge.survive(call.as_mut()).await?);
             return map_body(response, |body| Ok(Body::new(Ending::new(body, ending.clone()))));
         }
         let encoded = pin!(async {

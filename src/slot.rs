@@ -7,8 +7,8 @@ use std::sync::{
 
 use tokio::sync::Semaphore;
 
-/// A request's place among those in flight. In the request's extensions, so that a call that is held on
-/// purpose can give it back.
+/// A request's place among those in flight. Its handler gets it too, so that a call that is held on purpose can
+/// give it back.
 #[derive(Clone, Debug)]
 pub struct Slot(Arc<Place>);
 

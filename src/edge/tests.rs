@@ -246,6 +246,15 @@ async fn a_stream_ends_with_its_connection() {
     assert_eq!(ears.handled(), [("Watch", Code::Ok)]);
 }
 
+#[tokio::test]
+async fn a_stream_that_is_asked_for_badly_is_malformed() {
+    let (edge, _) = edge(EdgeLimits::default());
+    for body in [Bytes::new(), Bytes::from_static(&[0, 0, 0]), framed(1, 0, b"")] {
+        let (code, reason) = refused(&edge, call("/grpc.health.v1.Health/Watch", body)).await;
+        assert_eq!((code, reason.as_str()), (Code::InvalidArgument, "MALFORMED"));
+    }
+}
+
 #[test]
 fn a_trace_is_the_callers_or_new() {
     let good = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01";

@@ -809,6 +809,9 @@ async fn a_store_that_is_in_use_newer_or_damaged_is_refused() {
     let (derived, aside) = (folder.join("derived"), folder.join("aside"));
     std::fs::rename(&derived, &aside).unwrap();
     assert!(matches!(bed.open(), Err(OpenError::Corrupt { .. })));
+    std::fs::create_dir(&derived).unwrap();
+    assert!(matches!(bed.open(), Err(OpenError::Corrupt { .. })), "an empty one is none");
+    std::fs::remove_dir(&derived).unwrap();
     std::fs::rename(&aside, &derived).unwrap();
     std::fs::write(folder.join("commit.mark"), "9999\n").unwrap();
     let refused = bed.open().err().unwrap().to_string();
@@ -833,6 +836,9 @@ async fn a_store_of_an_older_format_is_read_and_becomes_one_of_this() {
         bed.close().await;
         let folder = bed.folder.as_ref().unwrap().path().join("data");
         super::disk::tests::become_older(&folder, older);
+        // As a crash leaves it in the middle of its making.
+        std::fs::create_dir(folder.join("derived")).unwrap();
+        std::fs::write(folder.join("derived/0.jnl"), "").unwrap();
         for _ in 0..2 {
             bed.store = Some(bed.open().unwrap());
             assert_eq!(std::fs::read_to_string(folder.join("FORMAT")).unwrap(), "3\n");

@@ -11,11 +11,8 @@ use std::{
 
 use fjall::{
     AbstractTree, Database, Keyspace, KeyspaceCreateOptions, PersistMode,
-    compaction::{
-        Leveled,
-        filter::{
-            CompactionFilter, CompactionFilterResult, Context, Factory, ItemAccessor, Verdict,
-        },
+    compaction::filter::{
+        CompactionFilter, CompactionFilterResult, Context, Factory, ItemAccessor, Verdict,
     },
     config::{BloomConstructionPolicy, FilterPolicy, FilterPolicyEntry},
 };
@@ -40,9 +37,9 @@ const DERIVED_FOLDER: &str = "derived";
 /// Of each engine. Fresh keys are looked up with every keyed create: with 20 M keys a smaller cache makes
 /// each cost twenty times as much.
 const CACHE_BYTES: u64 = 96 << 20;
-/// Of a memtable, and of a file that others are merged into. While one is synced, syncs of the journal wait
-/// for it, as file systems order them: small ones keep the longest commit near 20 ms.
-const FILE_BYTES: u64 = 8 << 20;
+/// While a flushed memtable is synced, syncs of the journal wait for it, as file systems order them: small
+/// ones keep the longest commit near 20 ms, and are replayed in a moment. A store keeps what it was made with.
+const MEMTABLE_BYTES: u64 = 8 << 20;
 /// What is replayed at start at most, about a second for each 50 MB.
 const JOURNAL_BYTES: u64 = 128 << 20;
 /// One, because of several one passes every compaction on to the others, and spins while these are busy.
@@ -53,8 +50,7 @@ const KEY_FILTER_BITS: f32 = 10.0;
 /// is brought in is not where commits go.
 pub struct Disk {
     commits: Database,
-    /// Merges its files as long as it is held.
-    _derived: Database,
+    derived: Database,
     keyspaces: Vec<Keyspace>,
     folder: PathBuf,
 }
@@ -65,6 +61,7 @@ impl Disk {
         let io = |source| OpenError::Io { path: folder.to_owned(), source };
         fs::create_dir_all(folder).map_err(io)?;
         let format = check_format(folder)?;
+        remove_half_made(&folder.join(DERIVED_FOLDER)).map_err(io)?;
         // First, so that it is there wherever the other is.
         let derived = engine(folder, DERIVED_FOLDER, horizon)?;
         let commits = engine(folder, ENGINE_FOLDER, horizon)?;
@@ -77,13 +74,19 @@ impl Disk {
             })
             .collect::<Result<_, _>>()
             .map_err(broken)?;
+        let moved = Table::ALL.into_iter().filter(|table| is_derived(*table));
         if format < FORMAT {
-            for table in Table::ALL.into_iter().filter(|table| is_derived(*table)) {
-                move_out(&commits, table, &keyspaces[table as usize]).map_err(broken)?;
+            for table in moved.clone() {
+                copy(&commits, table, &keyspaces[table as usize]).map_err(broken)?;
             }
             note_format(folder).map_err(io)?;
         }
-        Ok(Self { commits, _derived: derived, keyspaces, folder: folder.to_owned() })
+        // Only now: until then the version that wrote them could still be put back.
+        for table in moved.filter(|table| commits.keyspace_exists(table.name())) {
+            let left = keyspace(&commits, table).map_err(broken)?;
+            commits.delete_keyspace(left).map_err(broken)?;
+        }
+        Ok(Self { commits, derived, keyspaces, folder: folder.to_owned() })
     }
 
     /// Ranges of ids that cover all files in which nothing is left to be found.
@@ -151,8 +154,21 @@ fn keyspace(engine: &Database, table: Table) -> fjall::Result<Keyspace> {
     engine.keyspace(table.name(), || options(table))
 }
 
-/// Moves a table out of an engine, where it still is in there. After a crash it is moved once more.
-fn move_out(engine: &Database, table: Table, to: &Keyspace) -> fjall::Result<()> {
+/// An engine has a version from when it was made whole. What was begun before holds nothing, and cannot be
+/// opened.
+fn is_whole(engine: &Path) -> bool {
+    engine.join("version").exists()
+}
+
+fn remove_half_made(engine: &Path) -> io::Result<()> {
+    match engine.exists() && !is_whole(engine) {
+        true => fs::remove_dir_all(engine),
+        false => Ok(()),
+    }
+}
+
+/// Copies a table out of an engine, where it is in there. After a crash it is copied once more.
+fn copy(engine: &Database, table: Table, to: &Keyspace) -> fjall::Result<()> {
     if !engine.keyspace_exists(table.name()) {
         return Ok(());
     }
@@ -165,17 +181,14 @@ fn move_out(engine: &Database, table: Table, to: &Keyspace) -> fjall::Result<()>
         is_empty = false;
     }
     // One that is begun and finished empty leaves its file behind.
-    if !is_empty {
-        ingestion.finish()?;
+    match is_empty {
+        true => Ok(()),
+        false => ingestion.finish(),
     }
-    engine.delete_keyspace(from)
 }
 
 fn options(table: Table) -> KeyspaceCreateOptions {
-    let strategy = Leveled::default().with_table_target_size(FILE_BYTES);
-    let options = KeyspaceCreateOptions::default()
-        .max_memtable_size(FILE_BYTES)
-        .compaction_strategy(Arc::new(strategy));
+    let options = KeyspaceCreateOptions::default().max_memtable_size(MEMTABLE_BYTES);
     match table {
         Table::Key | Table::Reply => {
             let bits = BloomConstructionPolicy::BitsPerKey(KEY_FILTER_BITS);
@@ -247,8 +260,8 @@ fn check_format(folder: &Path) -> Result<u32, OpenError> {
                 });
             }
             let has_lost_keys = found == FORMAT
-                && folder.join(ENGINE_FOLDER).exists()
-                && !folder.join(DERIVED_FOLDER).exists();
+                && is_whole(&folder.join(ENGINE_FOLDER))
+                && !is_whole(&folder.join(DERIVED_FOLDER));
             if has_lost_keys {
                 return Err(corrupt(format!("{DERIVED_FOLDER} is missing beside the data")));
             }
@@ -324,6 +337,8 @@ impl Tables for Disk {
             // One that is begun and finished empty leaves its file behind.
             return Ok(());
         }
+        // An engine whose worker has failed takes rows all the same, and merges no more: an error of this.
+        self.derived.persist(PersistMode::Buffer).map_err(failed)?;
         let mut ingestion = self.keyspace(table).start_ingestion().map_err(failed)?;
         for (key, value) in rows {
             ingestion.write(key, value).map_err(failed)?;
@@ -377,7 +392,7 @@ pub mod tests {
         let [derived, commits] =
             [DERIVED_FOLDER, ENGINE_FOLDER].map(|name| engine(folder, name, &horizon).unwrap());
         for table in Table::ALL.into_iter().filter(|table| is_derived(*table)) {
-            move_out(&derived, table, &keyspace(&commits, table).unwrap()).unwrap();
+            copy(&derived, table, &keyspace(&commits, table).unwrap()).unwrap();
         }
         drop((derived, commits));
         fs::remove_dir_all(folder.join(DERIVED_FOLDER)).unwrap();
