@@ -363,7 +363,10 @@ async fn filled(bench: &Bench, location: &Location, count: u64) -> Result<Arc<dy
         let commits = (first..count.min(first + CREATES_AT_A_TIME as u64)).map(|n| {
             let mut payment = maker.payment(n, now);
             Arc::make_mut(&mut payment.terms).webhook_url = Some(bench.url.clone());
-            Commit { change: Some(Change::Create { terms: payment.terms, draw: None }), reply: None }
+            Commit {
+                change: Some(Change::Create { terms: payment.terms, draw: None }),
+                reply: None,
+            }
         });
         let answers = store.commit(commits.collect()).await;
         answers.into_iter().collect::<Result<Vec<_>, _>>().map_err(|error| error.to_string())?;

@@ -192,7 +192,10 @@ async fn create(load: &Load, store: Arc<Embedded>, seen: Arc<Seen>) {
         let now = Timestamp::from_ms(SystemClock.now_ms());
         let commits = (0..BATCH).map(|k| {
             let payment = maker.payment(i * BATCH + k, now);
-            Commit { change: Some(Change::Create { terms: payment.terms, draw: None }), reply: None }
+            Commit {
+                change: Some(Change::Create { terms: payment.terms, draw: None }),
+                reply: None,
+            }
         });
         let commits = commits.collect();
         let (store, seen) = (Arc::clone(&store), Arc::clone(&seen));
