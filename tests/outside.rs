@@ -583,11 +583,9 @@ async fn a_store_of_a_newer_format_is_refused_and_left_alone() {
     service.kill();
     let format = folder.path().join("data/FORMAT");
     let ours = fs::read_to_string(&format).expect("a format");
-    for other in ["2\n", "99\n", "x\n", ""] {
-        if other == ours {
-            continue;
-        }
-        fs::write(&format, other).expect("written");
+    let next = ours.trim().parse::<u32>().expect("a number") + 1;
+    for other in [format!("{next}\n"), "99\n".to_owned(), "x\n".to_owned(), String::new()] {
+        fs::write(&format, &other).expect("written");
         let before = names_and_sizes(&folder.path().join("data"));
         let mut refused = launch.start();
         let status = refused.exits(SOON).await.expect("it ends");
