@@ -94,6 +94,13 @@ struct Creating<'a> {
     committing: Pin<Box<dyn Future<Output = Answers> + Send + 'a>>,
 }
 
+/// How far a create has come before anything is waited for. The rarer one is boxed, so that the other need not
+/// be as large.
+enum Begun<'a, F> {
+    Commits(Creating<'a>),
+    WaitsForNumber(Pin<Box<F>>),
+}
+
 /// What was agreed for a created payment; `replayed` when its key was known.
 #[derive(Debug)]
 pub struct Created {
@@ -188,15 +195,15 @@ impl App {
         now: Timestamp,
     ) -> impl Future<Output = Result<Created, Error>> + Send {
         let scenario = new.scenario.unwrap_or(self.settings.scenario.default_scenario);
-        let creating = if key.is_none() && scenario.draws() {
-            Err(Box::pin(self.create_numbered(new, scenario, now)))
+        let begun = if key.is_none() && scenario.draws() {
+            Begun::WaitsForNumber(Box::pin(self.create_numbered(new, scenario, now)))
         } else {
-            Ok(self.begin(new, scenario, key, None, now))
+            Begun::Commits(self.begin(new, scenario, key, None, now))
         };
         async {
-            match creating {
-                Ok(creating) => self.end(creating).await,
-                Err(numbered) => numbered.await,
+            match begun {
+                Begun::Commits(creating) => self.end(creating).await,
+                Begun::WaitsForNumber(created) => created.await,
             }
         }
     }

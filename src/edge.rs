@@ -264,7 +264,7 @@ fn answer_payment<T: Calls, B: http_body::Body<Data = Bytes> + Unpin>(
     request: Request<B>,
 ) -> impl Future<Output = Result<Response<Reply>, Infallible>> {
     let (head, mut body) = request.into_parts();
-    let spoken = unary::check_encoding(&head.headers);
+    let encoding = unary::check_encoding(&head.headers);
     let slot = place.as_ref().map(|place| place.0.clone());
     let mut head = Some(unary::Head { headers: head.headers, trace: account.trace, slot });
     async move {
@@ -273,7 +273,7 @@ fn answer_payment<T: Calls, B: http_body::Body<Data = Bytes> + Unpin>(
             let Connection { edge, untaken, .. } = &*account.connection;
             let count = |message| untaken.count(message).map_err(too_much_untaken);
             let call = pin!(async {
-                spoken?;
+                encoding?;
                 let message = unary::read(&mut body).await?;
                 let head = head.take().expect("a future is not polled to its end twice");
                 let answering = unary::call(&edge.0.payments, account.labels.1, head, message);

@@ -54,6 +54,8 @@ struct Work {
     on_dropped_early: Arc<dyn Fn(u64) + Send + Sync>,
     noted: AtomicU64,
     marked: AtomicU64,
+    /// One round at a time, whoever asks for it: two would let the same payments go twice.
+    turn: Mutex<()>,
     brought_in: Mutex<Stopwatch>,
     /// Which of the payments that were kept was looked at last: each has its turn.
     looked_again: Mutex<Option<PaymentId>>,
@@ -84,6 +86,7 @@ impl Janitor {
             on_dropped_early,
             noted: AtomicU64::new(sequence),
             marked: AtomicU64::new(sequence),
+            turn: Mutex::default(),
             brought_in: Mutex::new(Stopwatch::start()),
             looked_again: Mutex::default(),
             reclaimed: Mutex::new((Stopwatch::start(), PaymentId::default())),
@@ -128,6 +131,7 @@ impl Janitor {
 impl Work {
     /// False: there is more to drop.
     fn round(&self) -> bool {
+        let _turn = locked(&self.turn);
         self.watch_space();
         self.note_high_water();
         if self.shared.health() == Health::Failed {

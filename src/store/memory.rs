@@ -103,12 +103,9 @@ impl Tables for Memory {
     }
 
     fn ingest(&self, table: Table, rows: Rows<'_>) -> Result<(), TablesError> {
-        let mut rows = rows.peekable();
-        while rows.peek().is_some() {
-            let mut all = self.0.write().unwrap_or_else(PoisonError::into_inner);
-            let some = rows.by_ref().take(AT_A_TIME);
-            all[table as usize].extend(some.map(|(key, value)| (Key::new(key), value.into())));
-        }
+        // Hardly any: what disks bring in later is written at once here.
+        let mut all = self.0.write().unwrap_or_else(PoisonError::into_inner);
+        all[table as usize].extend(rows.map(|(key, value)| (Key::new(key), value.into())));
         Ok(())
     }
 

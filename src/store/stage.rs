@@ -115,7 +115,7 @@ impl Stage {
     }
 
     /// A new payment that waits for nothing: no driver need hear of it.
-    pub fn note_over(&mut self, id: PaymentId, revision: Revision) {
+    pub fn note_settled(&mut self, id: PaymentId, revision: Revision) {
         self.revisions.insert(id, revision);
     }
 

@@ -63,6 +63,9 @@ impl Table {
     }
 }
 
+/// Tables of which nothing is in a commit on disk: what they hold follows from `Payment`, and is brought in.
+pub const DERIVED: [Table; 2] = [Table::Key, Table::Index];
+
 /// Tables of which an engine drops what belongs to payments below the horizon.
 pub const DROPPED: [Table; 4] = [Table::Payment, Table::State, Table::Key, Table::Index];
 

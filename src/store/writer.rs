@@ -335,7 +335,7 @@ impl Writer {
         stage.payments += 1;
         stage.newest = stage.newest.max(Some(terms.id));
         if terms.are_settled_at_once() {
-            stage.note_over(terms.id, Revision(0));
+            stage.note_settled(terms.id, Revision(0));
         } else {
             let payment = Payment::create(terms);
             stage.note(Versioned { payment, revision: Revision(0) }, None);
