@@ -13,7 +13,7 @@ use super::{
     cursor::{self, Filters},
     error::{Failure, Reason},
     pb::{common::v1 as common, payment::v1 as pb},
-    unary::{Call, Calls, Reply},
+    unary::{Answered, Call, Calls, Reply},
 };
 use crate::{
     app::{self, App, Caller, Executed, Key, NewPayment},
@@ -73,7 +73,7 @@ impl Payments {
         key: Option<&Key>,
         slot: Option<Slot>,
         reply: impl Fn(&Payment, &Answer) -> R + Send + Sync,
-    ) -> Result<Reply<R>, Status> {
+    ) -> Answered<R> {
         let place = OnceLock::new();
         let hold = || {
             let free = || Arc::clone(&self.0.held).try_acquire_owned();
@@ -139,7 +139,7 @@ impl Calls for Payments {
     fn create_payment_intent(
         &self,
         call: Call<pb::CreatePaymentIntentRequest>,
-    ) -> impl Future<Output = Result<Reply<pb::CreatePaymentIntentResponse>, Status>> + Send {
+    ) -> impl Future<Output = Answered<pb::CreatePaymentIntentResponse>> + Send {
         let now = self.app().now();
         let (key, new) = self.read_create(call, now);
         let creating = match new {
@@ -162,7 +162,7 @@ impl Calls for Payments {
     async fn get_payment_intent(
         &self,
         call: Call<pb::GetPaymentIntentRequest>,
-    ) -> Result<Reply<pb::GetPaymentIntentResponse>, Status> {
+    ) -> Answered<pb::GetPaymentIntentResponse> {
         let message = call.message;
         let payment = self.look_up(&message.payment_intent_id, message.user_id).await?;
         Ok(Reply::new(pb::GetPaymentIntentResponse {
@@ -174,7 +174,7 @@ impl Calls for Payments {
     async fn get_payment_status(
         &self,
         call: Call<pb::GetPaymentStatusRequest>,
-    ) -> Result<Reply<pb::GetPaymentStatusResponse>, Status> {
+    ) -> Answered<pb::GetPaymentStatusResponse> {
         let message = call.message;
         let payment = self.look_up(&message.payment_intent_id, message.user_id).await?;
         let payment = Some(convert::payment(&payment));
@@ -184,7 +184,7 @@ impl Calls for Payments {
     async fn process_payment(
         &self,
         call: Call<pb::ProcessPaymentRequest>,
-    ) -> Result<Reply<pb::ProcessPaymentResponse>, Status> {
+    ) -> Answered<pb::ProcessPaymentResponse> {
         let Call { head, mut message } = call;
         let secret = self.app().secret();
         let mut found = Violations::default();
@@ -205,7 +205,7 @@ impl Calls for Payments {
     async fn cancel_payment(
         &self,
         call: Call<pb::CancelPaymentRequest>,
-    ) -> Result<Reply<pb::CancelPaymentResponse>, Status> {
+    ) -> Answered<pb::CancelPaymentResponse> {
         let Call { head, mut message } = call;
         let mut found = Violations::default();
         let secret = self.app().secret();
@@ -231,7 +231,7 @@ impl Calls for Payments {
     async fn list_payments(
         &self,
         call: Call<pb::ListPaymentsRequest>,
-    ) -> Result<Reply<pb::ListPaymentsResponse>, Status> {
+    ) -> Answered<pb::ListPaymentsResponse> {
         let asked = Listing::read(call.message).map_err(Failure::invalid)?;
         let page = self.app().list(asked.query.clone()).await.map_err(failure)?;
         Ok(Reply::new(asked.reply(page)))
@@ -240,7 +240,7 @@ impl Calls for Payments {
     async fn simulate_webhook(
         &self,
         call: Call<pb::SimulateWebhookRequest>,
-    ) -> Result<Reply<pb::SimulateWebhookResponse>, Status> {
+    ) -> Answered<pb::SimulateWebhookResponse> {
         let message = call.message;
         let mut found = Violations::default();
         let id = convert::payment_id(&message.payment_intent_id, &mut found);
@@ -312,7 +312,7 @@ fn checked<T>(value: Option<T>, found: Violations) -> Result<T, Failure> {
     }
 }
 
-fn replayed<R: Message + Default>(bytes: &[u8]) -> Result<Reply<R>, Status> {
+fn replayed<R: Message + Default>(bytes: &[u8]) -> Answered<R> {
     let message = R::decode(bytes).map_err(Failure::internal)?;
     Ok(Reply { message, replayed: true })
 }

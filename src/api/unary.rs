@@ -58,6 +58,9 @@ impl<M> Reply<M> {
     }
 }
 
+/// What a method comes to.
+pub type Answered<M> = Result<Reply<M>, Status>;
+
 /// The methods of `payment.v1.PaymentService`.
 ///
 /// A method reads its call when it is called, not when its future is polled: what the future needs is all
@@ -66,37 +69,37 @@ pub trait Calls: Send + Sync + 'static {
     fn create_payment_intent(
         &self,
         call: Call<pb::CreatePaymentIntentRequest>,
-    ) -> impl Future<Output = Result<Reply<pb::CreatePaymentIntentResponse>, Status>> + Send;
+    ) -> impl Future<Output = Answered<pb::CreatePaymentIntentResponse>> + Send;
 
     fn get_payment_intent(
         &self,
         call: Call<pb::GetPaymentIntentRequest>,
-    ) -> impl Future<Output = Result<Reply<pb::GetPaymentIntentResponse>, Status>> + Send;
+    ) -> impl Future<Output = Answered<pb::GetPaymentIntentResponse>> + Send;
 
     fn get_payment_status(
         &self,
         call: Call<pb::GetPaymentStatusRequest>,
-    ) -> impl Future<Output = Result<Reply<pb::GetPaymentStatusResponse>, Status>> + Send;
+    ) -> impl Future<Output = Answered<pb::GetPaymentStatusResponse>> + Send;
 
     fn process_payment(
         &self,
         call: Call<pb::ProcessPaymentRequest>,
-    ) -> impl Future<Output = Result<Reply<pb::ProcessPaymentResponse>, Status>> + Send;
+    ) -> impl Future<Output = Answered<pb::ProcessPaymentResponse>> + Send;
 
     fn cancel_payment(
         &self,
         call: Call<pb::CancelPaymentRequest>,
-    ) -> impl Future<Output = Result<Reply<pb::CancelPaymentResponse>, Status>> + Send;
+    ) -> impl Future<Output = Answered<pb::CancelPaymentResponse>> + Send;
 
     fn list_payments(
         &self,
         call: Call<pb::ListPaymentsRequest>,
-    ) -> impl Future<Output = Result<Reply<pb::ListPaymentsResponse>, Status>> + Send;
+    ) -> impl Future<Output = Answered<pb::ListPaymentsResponse>> + Send;
 
     fn simulate_webhook(
         &self,
         call: Call<pb::SimulateWebhookRequest>,
-    ) -> impl Future<Output = Result<Reply<pb::SimulateWebhookResponse>, Status>> + Send;
+    ) -> impl Future<Output = Answered<pb::SimulateWebhookResponse>> + Send;
 }
 
 /// A call under way. The reply's body is one message with its prefix.
@@ -121,7 +124,7 @@ fn run<'a, M, R, A>(head: Head, message: Bytes, method: impl FnOnce(Call<M>) -> 
 where
     M: Message + Default,
     R: Message,
-    A: Future<Output = Result<Reply<R>, Status>> + Send + 'a,
+    A: Future<Output = Answered<R>> + Send + 'a,
 {
     match M::decode(message) {
         Ok(message) => {

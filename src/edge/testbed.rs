@@ -9,15 +9,13 @@ use tonic_health::server::{HealthReporter, HealthService};
 
 use super::*;
 use crate::api::pb::payment::v1::*;
-use crate::api::unary::Call;
+use crate::api::unary::{Answered, Call};
 
 /// Longest wait for what must happen; nothing here depends on how long it really takes.
 pub const SOON: Duration = Duration::from_secs(10);
 
 /// CreatePaymentIntent does what `user_id` says; the rest is not found.
 pub struct Stub;
-
-type Answered<T> = Result<unary::Reply<T>, Status>;
 
 fn not_found<T>() -> Answered<T> {
     Err(Failure::new(Reason::PaymentNotFound, "no such payment").into())
