@@ -4,9 +4,9 @@ use std::{
     fs::{self, File},
     io::{self, Write},
     ops::ControlFlow,
-    panic::{AssertUnwindSafe, catch_unwind},
     path::{Path, PathBuf},
     sync::Arc,
+    thread::{self, ScopedJoinHandle},
 };
 
 use fjall::{
@@ -20,8 +20,10 @@ use fjall::{
 use super::{
     OpenError,
     horizon::Horizon,
+    priority::step_back,
     record,
     tables::{Batch, DERIVED, DROPPED, Rows, Span, Table, Tables, TablesError, Visit},
+    writeback::Writeback,
 };
 use crate::domain::ids::PaymentId;
 
@@ -33,6 +35,8 @@ const FORMAT_FILE: &str = "FORMAT";
 const MARK_FILE: &str = "commit.mark";
 const ENGINE_FOLDER: &str = "fjall";
 const DERIVED_FOLDER: &str = "derived";
+/// Of a keyspace, as the engine calls it.
+const FILES_FOLDER: &str = "tables";
 
 /// Of each engine. Fresh keys are looked up with every keyed create: with 20 M keys a smaller cache makes
 /// each cost twenty times as much.
@@ -53,6 +57,8 @@ pub struct Disk {
     derived: Database,
     keyspaces: Vec<Keyspace>,
     folder: PathBuf,
+    /// Goes on as long as it is held.
+    _writeback: Option<Writeback>,
 }
 
 impl Disk {
@@ -85,7 +91,17 @@ impl Disk {
             let left = keyspace(&commits, table).map_err(broken)?;
             commits.delete_keyspace(left).map_err(broken)?;
         }
-        Ok(Self { commits, derived, keyspaces, folder: folder.to_owned() })
+        let files = keyspaces.iter().map(|keyspace| keyspace.path().join(FILES_FOLDER));
+        let writeback = Writeback::begin(files.collect()).inspect_err(|error| {
+            tracing::warn!(%error, "files are not sent to the disk ahead of their sync: commits may wait for it");
+        });
+        Ok(Self {
+            commits,
+            derived,
+            keyspaces,
+            folder: folder.to_owned(),
+            _writeback: writeback.ok(),
+        })
     }
 
     /// Ranges of ids that cover all files in which nothing is left to be found.
@@ -126,8 +142,19 @@ fn engine(folder: &Path, name: &str, horizon: &Arc<Horizon>) -> Result<Database,
             .with_compaction_filter_factories(droppers(horizon))
             .open()
     };
-    // Some damage makes the engine panic instead. Unwind safe: of what panicked nothing is kept.
-    catch_unwind(AssertUnwindSafe(open))
+    // The engine's own threads are started here, and inherit that they may wait.
+    let aside = || {
+        step_back();
+        open()
+    };
+    let opened = thread::scope(|scope| {
+        let opening = thread::Builder::new().name("store-open".to_owned());
+        opening.spawn_scoped(scope, aside).map(ScopedJoinHandle::join)
+    });
+    let io = |source| OpenError::Io { path: folder.to_owned(), source };
+    // Some damage makes the engine panic instead.
+    opened
+        .map_err(io)?
         .map_err(|_panic| OpenError::Corrupt {
             path: folder.to_owned(),
             why: "the engine panicked over what it found".to_owned(),

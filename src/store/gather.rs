@@ -1,13 +1,14 @@
 //! What the requests of one thread commit goes to the writer together: a wake-up and a socket write for
 //! each of them would cost more than its commit.
 //!
-//! While one round is written the next one gathers, so that rounds size themselves and nothing waits for
+//! While some rounds are written the next one gathers, so that rounds size themselves and nothing waits for
 //! a timer. A round is acknowledged with one wake-up, and all its callers are answered in one turn of the
 //! thread, which then writes their replies together.
 
 use std::{
     cell::{Cell, RefCell},
     collections::VecDeque,
+    future::pending,
     rc::Rc,
 };
 
@@ -23,6 +24,9 @@ use super::{Answers, Commit, StoreError, writer::Job};
 const WAITING_MAX: usize = 8_192;
 /// Commits of a round. The writer splits no job, and several threads' rounds fit into one of its syncs.
 const ROUND_MAX: usize = 500;
+/// Rounds of a thread that the writer has at a time: when one sync has ended, what the next one takes is there
+/// already. With more of them rounds would be small, and their bookkeeping dear.
+const IN_FLIGHT_MAX: usize = 4;
 
 thread_local! {
     /// Where commits of this thread gather, while somebody is there to hand them on.
@@ -46,10 +50,12 @@ struct Here {
     ended: Cell<bool>,
 }
 
+/// Who waits for how many of a round's commits, in order.
+type Callers = Vec<(usize, oneshot::Sender<Answers>)>;
+
 struct Round {
     commits: Vec<Commit>,
-    /// Who waits for how many of them, in order.
-    callers: Vec<(usize, oneshot::Sender<Answers>)>,
+    callers: Callers,
 }
 
 impl Round {
@@ -145,53 +151,67 @@ impl Here {
         Ok(())
     }
 
-    /// Hands on what has gathered, again and again, until the thread ends.
+    /// Hands on what has gathered and shares out what is answered, until the thread ends.
     async fn hand_on(&self) {
+        let mut in_flight = VecDeque::new();
         loop {
-            self.filled.notified().await;
-            // Those whose requests were read in the same turn come along.
-            yield_now().await;
-            while !self.rounds.borrow().is_empty() {
-                self.hand_on_once().await;
-                // The replies go out and the next requests come in.
-                yield_now().await;
+            tokio::select! {
+                biased;
+                answers = first_answers(&mut in_flight) => {
+                    in_flight.pop_front().expect("the first one was answered").share_out(answers);
+                }
+                () = self.filled.notified(), if in_flight.len() < IN_FLIGHT_MAX => {
+                    // Those whose requests were read in the same turn come along.
+                    yield_now().await;
+                    self.hand_on_all(&mut in_flight);
+                }
             }
-            if self.ended.get() {
+            if self.ended.get() && in_flight.is_empty() && self.rounds.borrow().is_empty() {
                 return;
             }
         }
     }
 
-    /// All that has gathered, and then its answers.
-    async fn hand_on_once(&self) {
-        let rounds = self.rounds.take();
+    fn hand_on_all(&self, in_flight: &mut VecDeque<InFlight>) {
         self.waiting.set(0);
-        let mut sent = Vec::with_capacity(rounds.len());
-        for Round { commits, callers } in rounds {
+        for Round { commits, callers } in self.rounds.take() {
             self.usual.set(commits.len());
-            let (answer, answered) = oneshot::channel();
-            let result = send(&self.jobs, Job::Commit { commits, answer });
-            sent.push((callers, result.map(|()| answered)));
-        }
-        for (callers, result) in sent {
-            match result {
-                // A writer that ends without an answer leaves the callers without one too.
-                Ok(answered) => answered.await.map_or((), |answers| share_out(callers, answers)),
+            let (answer, answers) = oneshot::channel();
+            match send(&self.jobs, Job::Commit { commits, answer }) {
+                Ok(()) => in_flight.push_back(InFlight { callers, answers }),
                 Err(error) => refuse(callers, &error),
             }
         }
     }
 }
 
-fn share_out(callers: Vec<(usize, oneshot::Sender<Answers>)>, answers: Answers) {
-    let mut answers = answers.into_iter();
-    for (count, caller) in callers {
-        // Nobody may be waiting any more; what was committed stays so.
-        let _ = caller.send(answers.by_ref().take(count).collect());
+/// A round that the writer has.
+struct InFlight {
+    callers: Callers,
+    answers: oneshot::Receiver<Answers>,
+}
+
+impl InFlight {
+    /// `None`: the writer has ended without an answer, and leaves the callers without one too.
+    fn share_out(self, answers: Option<Answers>) {
+        let Some(answers) = answers else { return };
+        let mut answers = answers.into_iter();
+        for (count, caller) in self.callers {
+            // Nobody may be waiting any more; what was committed stays so.
+            let _ = caller.send(answers.by_ref().take(count).collect());
+        }
     }
 }
 
-fn refuse(callers: Vec<(usize, oneshot::Sender<Answers>)>, error: &StoreError) {
+/// Waits as long as there is none in flight.
+async fn first_answers(in_flight: &mut VecDeque<InFlight>) -> Option<Answers> {
+    match in_flight.front_mut() {
+        Some(first) => (&mut first.answers).await.ok(),
+        None => pending().await,
+    }
+}
+
+fn refuse(callers: Callers, error: &StoreError) {
     for (count, caller) in callers {
         let _ = caller.send(vec![Err(error.clone()); count]);
     }
@@ -277,7 +297,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn what_comes_during_a_round_is_the_next_one() {
+    async fn the_writer_has_the_next_round_before_it_has_written_the_first() {
         let mut bed = Bed::new(8);
         let gatherer = bed.gatherer();
         gatherer
@@ -285,12 +305,36 @@ mod tests {
                 let first = bed.hand_in(&[1]);
                 let (ns, answer) = bed.job().await;
                 let rest = [bed.hand_in(&[2]), bed.hand_in(&[3])];
-                yield_now().await;
-                assert!(bed.jobs.try_recv().is_err(), "one round is in flight at a time");
+                assert_eq!(bed.write_one().await, [2, 3]);
                 answer.send(ns.into_iter().map(done).collect()).unwrap();
                 assert_eq!(first.await.unwrap(), [done(1)]);
-                assert_eq!(bed.write_one().await, [2, 3]);
                 for (answered, n) in rest.into_iter().zip(2..) {
+                    assert_eq!(answered.await.unwrap(), [done(n)]);
+                }
+            })
+            .await;
+    }
+
+    #[tokio::test]
+    async fn what_comes_while_enough_rounds_are_in_flight_is_one_round() {
+        let mut bed = Bed::new(8);
+        let gatherer = bed.gatherer();
+        gatherer
+            .around(async {
+                let mut jobs = Vec::new();
+                for n in 0..IN_FLIGHT_MAX as u64 {
+                    drop(bed.hand_in(&[n]));
+                    jobs.push(bed.job().await);
+                }
+                let rest = [bed.hand_in(&[10]), bed.hand_in(&[11])];
+                yield_now().await;
+                yield_now().await;
+                assert!(bed.jobs.try_recv().is_err(), "no more are in flight");
+                for (ns, answer) in jobs {
+                    answer.send(ns.into_iter().map(done).collect()).unwrap();
+                }
+                assert_eq!(bed.write_one().await, [10, 11]);
+                for (answered, n) in rest.into_iter().zip(10..) {
                     assert_eq!(answered.await.unwrap(), [done(n)]);
                 }
             })

@@ -15,11 +15,13 @@ mod lists;
 mod marks;
 mod memory;
 mod open;
+mod priority;
 mod record;
 mod shared;
 mod stage;
 mod tables;
 mod tail;
+mod writeback;
 mod writer;
 
 #[cfg(test)]
