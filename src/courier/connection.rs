@@ -7,15 +7,19 @@
 use std::{
     io,
     pin::Pin,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
     task::{Context, Poll},
     time::Duration,
 };
 
+use atomic_waker::AtomicWaker;
 use http::Extensions;
 use hyper::rt::{Read, ReadBufCursor, Write};
 use hyper_util::client::legacy::connect::{CaptureConnection, Connected, Connection};
 use tokio::time::Sleep;
-use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
 
 use crate::clock::Stopwatch;
 
@@ -23,10 +27,11 @@ use crate::clock::Stopwatch;
 const AGE_MAX: Duration = Duration::from_secs(60);
 
 /// What an attempt knows of the connection that it took.
-#[derive(Clone)]
 struct Handle {
     age: Stopwatch,
-    given_up: CancellationToken,
+    given_up: AtomicBool,
+    /// Of whoever moves the connection.
+    mover: AtomicWaker,
 }
 
 /// To be called when an attempt is over.
@@ -35,44 +40,42 @@ pub fn after_use(taken: &CaptureConnection, timed_out: bool) {
     let Some(connected) = connected.as_ref() else { return };
     let mut extras = Extensions::new();
     connected.get_extras(&mut extras);
-    let Some(handle) = extras.get::<Handle>() else { return };
+    let Some(handle) = extras.get::<Arc<Handle>>() else { return };
     if timed_out || handle.age.elapsed() > AGE_MAX {
         connected.poison();
-        handle.given_up.cancel();
+        handle.given_up.store(true, Ordering::Release);
+        handle.mover.wake();
     }
 }
 
 pub struct Disposable<T> {
     stream: T,
-    handle: Handle,
+    handle: Arc<Handle>,
     /// How long what is under way may take when the connection is given up.
     grace: Duration,
-    end: End,
-}
-
-enum End {
-    NotYet(Pin<Box<WaitForCancellationFutureOwned>>),
-    Near(Pin<Box<Sleep>>),
+    /// Set when it is.
+    end: Option<Pin<Box<Sleep>>>,
 }
 
 impl<T> Disposable<T> {
     pub fn new(stream: T, grace: Duration) -> Self {
-        let given_up = CancellationToken::new();
-        let end = End::NotYet(Box::pin(given_up.clone().cancelled_owned()));
-        let handle = Handle { age: Stopwatch::start(), given_up };
-        Self { stream, handle, grace, end }
+        let (age, given_up) = (Stopwatch::start(), AtomicBool::new(false));
+        let handle = Arc::new(Handle { age, given_up, mover: AtomicWaker::new() });
+        Self { stream, handle, grace, end: None }
     }
 }
 
 impl<T: Unpin> Disposable<T> {
     /// The stream, until the end. Whoever is told to wait is also woken at the end.
     fn alive(&mut self, cx: &mut Context<'_>) -> io::Result<Pin<&mut T>> {
-        if let End::NotYet(given_up) = &mut self.end
-            && given_up.as_mut().poll(cx).is_ready()
-        {
-            self.end = End::Near(Box::pin(tokio::time::sleep(self.grace)));
+        if self.end.is_none() {
+            // Before the look: who gives it up in between wakes us.
+            self.handle.mover.register(cx.waker());
+            if self.handle.given_up.load(Ordering::Acquire) {
+                self.end = Some(Box::pin(tokio::time::sleep(self.grace)));
+            }
         }
-        if let End::Near(end) = &mut self.end
+        if let Some(end) = &mut self.end
             && end.as_mut().poll(cx).is_ready()
         {
             return Err(io::ErrorKind::TimedOut.into());
@@ -83,7 +86,12 @@ impl<T: Unpin> Disposable<T> {
 
 impl<T: Connection> Connection for Disposable<T> {
     fn connected(&self) -> Connected {
-        self.stream.connected().extra(self.handle.clone())
+        // Extras are copied into every response: no more than is asked for.
+        let connected = match self.stream.connected().is_negotiated_h2() {
+            true => Connected::new().negotiated_h2(),
+            false => Connected::new(),
+        };
+        connected.extra(Arc::clone(&self.handle))
     }
 }
 

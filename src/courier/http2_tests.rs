@@ -142,8 +142,9 @@ impl Http2 {
         tokio::time::timeout(DEADLINE, self.seen.recv()).await.unwrap().unwrap()
     }
 
+    /// HTTP/2 is spoken over TLS alone, or what passes for it here: see [`courier_to`].
     fn url(&self) -> String {
-        format!("http://{}/hook", self.addr)
+        format!("https://{}/hook", self.addr)
     }
 }
 

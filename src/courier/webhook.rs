@@ -3,6 +3,7 @@
 use std::{
     error::Error,
     io,
+    sync::atomic::{AtomicUsize, Ordering},
     time::{Duration, UNIX_EPOCH},
 };
 
@@ -11,6 +12,7 @@ use bytes::Bytes;
 use http::{
     HeaderMap, HeaderName, HeaderValue, Method, Request, StatusCode, Uri,
     header::{CONTENT_TYPE, RETRY_AFTER, USER_AGENT},
+    uri::Scheme,
 };
 use http_body::Body;
 use http_body_util::{BodyExt, Full};
@@ -60,6 +62,9 @@ const RESETS_MAX: usize = 128;
 /// POST that meets a connection just being closed fails, and costs the delivery one of its attempts.
 const IDLE_MAX: Duration = Duration::from_secs(4);
 
+/// Every such attempt over plain TCP looks how old its connection is: to look costs a twentieth of an attempt.
+const LOOK_EVERY: usize = 16;
+
 /// Room for ours and the one that hyper adds, so that the map does not grow.
 const HEADERS: usize = 9;
 const AGENT: HeaderValue =
@@ -86,6 +91,8 @@ pub struct WebhookCourier<C = Connector> {
     targets: Recent<Option<Uri>>,
     signer: Signer,
     timeout: Duration,
+    /// Over plain TCP.
+    attempts: AtomicUsize,
 }
 
 impl WebhookCourier {
@@ -119,8 +126,13 @@ impl<C: Connect + Clone + Send + Sync + 'static> WebhookCourier<C> {
             .http2_max_concurrent_reset_streams(RESETS_MAX)
             .http2_max_local_error_reset_streams(RESETS_MAX)
             .build(connector);
-        let targets = Recent::default();
-        Self { client, targets, signer: settings.signer, timeout: settings.timeout }
+        Self {
+            client,
+            targets: Recent::default(),
+            signer: settings.signer,
+            timeout: settings.timeout,
+            attempts: AtomicUsize::new(0),
+        }
     }
 
     async fn post(&self, parcel: &Parcel, now: Timestamp) -> Attempted {
@@ -130,7 +142,7 @@ impl<C: Connect + Clone + Send + Sync + 'static> WebhookCourier<C> {
         let Some(mut request) = self.request(url, parcel, now) else {
             return unsent.refused("BAD_URL");
         };
-        let taken = capture_connection(&mut request);
+        let taken = self.is_looked_at(request.uri()).then(|| capture_connection(&mut request));
 
         let watch = Stopwatch::start();
         let reply = tokio::time::timeout(self.timeout, self.client.request(request)).await;
@@ -153,8 +165,18 @@ impl<C: Connect + Clone + Send + Sync + 'static> WebhookCourier<C> {
                 verdict
             }
         };
-        connection::after_use(&taken, timed_out);
+        if let Some(taken) = taken {
+            connection::after_use(&taken, timed_out);
+        }
         verdict
+    }
+
+    /// Whether an attempt looks at its connection afterwards. Over TLS it may be HTTP/2's, which outlives its
+    /// requests, and has to be given up where it does not answer. Of any other only the age matters, and it is
+    /// not aged before it has had many requests: those that are idle in between are closed.
+    fn is_looked_at(&self, target: &Uri) -> bool {
+        target.scheme() == Some(&Scheme::HTTPS)
+            || self.attempts.fetch_add(1, Ordering::Relaxed).is_multiple_of(LOOK_EVERY)
     }
 
     fn request(&self, url: &str, parcel: &Parcel, now: Timestamp) -> Option<Request<Full<Bytes>>> {
