@@ -4,7 +4,7 @@
 
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard};
 
-use rustc_hash::FxHashMap;
+use rustc_hash::{FxBuildHasher, FxHashMap};
 
 use super::record;
 use crate::domain::ids::{Idempotency, KeyHash, PaymentId, RequestHash};
@@ -49,6 +49,12 @@ struct Part {
     last: FxHashMap<[u8; 8], usize>,
 }
 
+struct Sizes {
+    keys: usize,
+    places: usize,
+    names: usize,
+}
+
 struct Place {
     name: [u8; 8],
     id: PaymentId,
@@ -61,6 +67,10 @@ impl Default for Layer {
         let parts = std::iter::repeat_with(Part::default).take(PARTS).collect();
         Self { parts, oldest: None, payments: 0 }
     }
+}
+
+fn map_with_room<K, V>(entries: usize) -> FxHashMap<K, V> {
+    FxHashMap::with_capacity_and_hasher(entries, FxBuildHasher)
 }
 
 /// Rises with the bytes.
@@ -113,9 +123,12 @@ impl Tail {
 
     /// What is to be brought into the tables: what was begun and not finished first.
     pub fn leave(&self) -> Arc<Layer> {
+        let sizes = self.layers().fresh.sizes();
+        // Made without the lock, which those who commit wait for.
+        let next = Layer::with_room(sizes);
         let mut layers = self.0.write().unwrap_or_else(PoisonError::into_inner);
         let Layers { fresh, leaving } = &mut *layers;
-        Arc::clone(leaving.get_or_insert_with(|| Arc::new(std::mem::take(fresh))))
+        Arc::clone(leaving.get_or_insert_with(|| Arc::new(std::mem::replace(fresh, next))))
     }
 
     /// It is in the tables.
@@ -127,6 +140,25 @@ impl Tail {
 }
 
 impl Layer {
+    fn sizes(&self) -> Vec<Sizes> {
+        let sizes = |part: &Part| Sizes {
+            keys: part.keys.len(),
+            places: part.places.len(),
+            names: part.last.len(),
+        };
+        self.parts.iter().map(sizes).collect()
+    }
+
+    /// Empty, with room in its parts: maps that grow move all that they hold, again and again.
+    fn with_room(sizes: Vec<Sizes>) -> Self {
+        let part = |Sizes { keys, places, names }| Part {
+            keys: map_with_room(keys),
+            places: Vec::with_capacity(places),
+            last: map_with_room(names),
+        };
+        Self { parts: sizes.into_iter().map(part).collect(), oldest: None, payments: 0 }
+    }
+
     fn add(&mut self, derived: &Derived) {
         let id = derived.id;
         if let Some(Idempotency { key, request }) = derived.idempotency {
