@@ -46,7 +46,7 @@ const FILES_FOLDER: &str = "tables";
 const CACHE_BYTES: u64 = 96 << 20;
 /// With each memtable that is flushed the engine notes its new files, and lets nobody write or read meanwhile: five
 /// syncs, 10 to 40 ms under load. So they are few. A store keeps what it was made with.
-const MEMTABLE_BYTES: u64 = 32 << 20;
+const MEMTABLE_BYTES: u64 = 16 << 20;
 /// What is replayed at start at most, about a second for each 50 MB.
 const JOURNAL_BYTES: u64 = 128 << 20;
 /// One, because of several one passes every compaction on to the others, and spins while these are busy.
