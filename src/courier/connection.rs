@@ -23,7 +23,7 @@ use tokio::time::Sleep;
 
 use crate::clock::Stopwatch;
 
-/// No new request goes over a connection older than this: a receiver that moves is found again.
+/// Whoever looks at a connection older than this gives it up: a receiver that moves is found again.
 const AGE_MAX: Duration = Duration::from_secs(60);
 
 /// What an attempt knows of the connection that it took.

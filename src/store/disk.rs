@@ -20,7 +20,7 @@ use fjall::{
 use super::{
     OpenError,
     horizon::Horizon,
-    priority::step_back,
+    priority::{self, step_back},
     record,
     tables::{Batch, DERIVED, DROPPED, Rows, Span, Table, Tables, TablesError, Visit},
     writeback::Writeback,
@@ -145,9 +145,9 @@ fn engine(folder: &Path, name: &str, horizon: &Arc<Horizon>) -> Result<Database,
             .with_compaction_filter_factories(droppers(horizon))
             .open()
     };
-    // The engine's own threads are started here, and inherit that they may wait.
+    // The engine's own threads are started here, and inherit that they may wait; so may a start on a busy machine.
     let aside = || {
-        step_back();
+        step_back(priority::Work::Merging);
         open()
     };
     let opened = thread::scope(|scope| {
@@ -321,15 +321,12 @@ fn replace(folder: &Path, name: &str, text: &str) -> io::Result<()> {
 /// down, in the way of commits.
 fn overwrite(folder: &Path, name: &str, text: &str) -> io::Result<()> {
     debug_assert!(text.len() <= SECTOR_BYTES);
-    let file = File::options().write(true).open(folder.join(name));
-    match file {
+    match File::options().write(true).open(folder.join(name)) {
         Ok(mut file) if file.metadata()?.len() == text.len() as u64 => {
             file.write_all(text.as_bytes())?;
             file.sync_data()
         }
-        Ok(_) => replace(folder, name, text),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => replace(folder, name, text),
-        Err(error) => Err(error),
+        _ => replace(folder, name, text),
     }
 }
 

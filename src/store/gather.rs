@@ -19,13 +19,13 @@ use tokio::{
 
 use super::{Answers, Commit, StoreError, writer::Job};
 
-/// Commits that wait on one thread for the round before theirs: as many as requests are in flight at a
+/// Commits that wait on one thread for the rounds before theirs: as many as requests are in flight at a
 /// time, as shipped. More are refused at once.
 const WAITING_MAX: usize = 8_192;
 /// Commits of a round. The writer splits no job, and several threads' rounds fit into one of its syncs.
 const ROUND_MAX: usize = 500;
-/// Rounds of a thread that the writer has at a time: when one sync has ended, what the next one takes is there
-/// already. With more of them rounds would be small, and their bookkeeping dear.
+/// Nothing more is handed on while the writer has so many rounds of a thread: when one sync has ended, what the
+/// next one takes is there already. With more of them rounds would be small, and their bookkeeping dear.
 const IN_FLIGHT_MAX: usize = 4;
 
 thread_local! {

@@ -123,7 +123,13 @@ impl Tail {
 
     /// What is to be brought into the tables: what was begun and not finished first.
     pub fn leave(&self) -> Arc<Layer> {
-        let sizes = self.layers().fresh.sizes();
+        let sizes = {
+            let layers = self.layers();
+            if let Some(leaving) = &layers.leaving {
+                return Arc::clone(leaving);
+            }
+            layers.fresh.sizes()
+        };
         // Made without the lock, which those who commit wait for.
         let next = Layer::with_room(sizes);
         let mut layers = self.0.write().unwrap_or_else(PoisonError::into_inner);

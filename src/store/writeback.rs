@@ -29,13 +29,19 @@ mod linux {
         mem::MaybeUninit,
         num::NonZeroU64,
         os::fd::OwnedFd,
-        sync::Arc,
+        sync::{
+            Arc,
+            atomic::{AtomicBool, Ordering},
+        },
         thread::JoinHandle,
     };
 
-    use rustix::fs::{
-        Advice, fadvise,
-        inotify::{self, CreateFlags, Event, ReadFlags, Reader, WatchFlags},
+    use rustix::{
+        fs::{
+            Advice, fadvise,
+            inotify::{self, CreateFlags, Event, ReadFlags, Reader, WatchFlags},
+        },
+        io::Errno,
     };
 
     use super::PathBuf;
@@ -44,11 +50,14 @@ mod linux {
     const STEP_BYTES: u64 = 256 << 10;
     /// Room for some dozens of notices.
     const NOTICES_BYTES: usize = 4 << 10;
+    /// Files that grow at a time: an engine writes a few. Of more some have been closed unheard.
+    const GROWING_MAX: usize = 16;
 
     /// Watches folders as long as it lives.
     pub struct Writeback {
         notices: Arc<OwnedFd>,
         watches: Vec<i32>,
+        ended: Arc<AtomicBool>,
         thread: Option<JoinHandle<()>>,
     }
 
@@ -61,20 +70,22 @@ mod linux {
                 watched.insert(inotify::add_watch(&notices, &folder, what)?, folder);
             }
             let watches = watched.keys().copied().collect();
-            let files = Files { watched, growing: HashMap::new() };
+            let ended = Arc::new(AtomicBool::new(false));
+            let files = Files { watched, growing: HashMap::new(), ended: Arc::clone(&ended) };
             let reader = Arc::clone(&notices);
             let thread = std::thread::Builder::new()
                 .name("store-writeback".to_owned())
                 .spawn(move || files.follow(&reader))?;
-            Ok(Self { notices, watches, thread: Some(thread) })
+            Ok(Self { notices, watches, ended, thread: Some(thread) })
         }
     }
 
     impl Drop for Writeback {
         fn drop(&mut self) {
+            self.ended.store(true, Ordering::Release);
             for watch in &self.watches {
-                // Of each the thread hears, and ends after the last one. A folder that is gone took its watch
-                // along, and was heard of too.
+                // Of each the thread hears, or of a queue that is full, and ends. A folder that is gone took its
+                // watch along, and was heard of too.
                 let _ = inotify::remove_watch(&self.notices, *watch);
             }
             if let Some(thread) = self.thread.take() {
@@ -86,6 +97,7 @@ mod linux {
     struct Files {
         watched: HashMap<i32, PathBuf>,
         growing: HashMap<PathBuf, Growing>,
+        ended: Arc<AtomicBool>,
     }
 
     struct Growing {
@@ -98,9 +110,10 @@ mod linux {
         fn follow(mut self, notices: &OwnedFd) {
             let mut bytes = [MaybeUninit::uninit(); NOTICES_BYTES];
             let mut notices = Reader::new(notices, &mut bytes);
-            while !self.watched.is_empty() {
+            while !self.watched.is_empty() && !self.ended.load(Ordering::Acquire) {
                 match notices.next() {
                     Ok(notice) => self.heard(&notice),
+                    Err(Errno::INTR) => {}
                     Err(error) => {
                         tracing::warn!(%error, "files are no longer sent to the disk ahead of their sync");
                         return;
@@ -129,6 +142,9 @@ mod linux {
         }
 
         fn grew(&mut self, path: PathBuf) -> io::Result<()> {
+            if self.growing.len() > GROWING_MAX {
+                self.growing.clear();
+            }
             let Growing { file, sent } = match self.growing.entry(path) {
                 Entry::Occupied(known) => known.into_mut(),
                 Entry::Vacant(new) => {
@@ -139,8 +155,8 @@ mod linux {
             let length = file.metadata()?.len();
             let more = length.saturating_sub(*sent);
             if more >= STEP_BYTES {
-                // Linux begins to write what has changed, does not wait for it, and leaves it in memory as long
-                // as it is written.
+                // Linux begins to write what has changed, and does not wait for it. What it cannot drop from memory
+                // because it is being written stays there, to go first where memory is short.
                 fadvise(&*file, *sent, NonZeroU64::new(more), Advice::DontNeed)?;
                 *sent = length;
             }
