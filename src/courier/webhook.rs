@@ -120,12 +120,8 @@ impl<C: Connect + Clone + Send + Sync + 'static> WebhookCourier<C> {
             .http2_max_concurrent_reset_streams(RESETS_MAX)
             .http2_max_local_error_reset_streams(RESETS_MAX)
             .build(connector);
-        Self {
-            client,
-            targets: Recent::default(),
-            signer: settings.signer,
-            timeout: settings.timeout,
-        }
+        let targets = Recent::default();
+        Self { client, targets, signer: settings.signer, timeout: settings.timeout }
     }
 
     async fn post(&self, parcel: &Parcel, now: Timestamp) -> Attempted {

@@ -20,7 +20,7 @@ use fjall::{
 use super::{
     OpenError,
     horizon::Horizon,
-    priority::{self, step_back},
+    priority::{Background, step_back},
     record,
     tables::{Batch, DERIVED, DROPPED, Rows, Span, Table, Tables, TablesError, Visit},
     writeback::Writeback,
@@ -147,7 +147,7 @@ fn engine(folder: &Path, name: &str, horizon: &Arc<Horizon>) -> Result<Database,
     };
     // The engine's own threads are started here, and inherit that they may wait; so may a start on a busy machine.
     let aside = || {
-        step_back(priority::Work::Merging);
+        step_back(Background::Merging);
         open()
     };
     let opened = thread::scope(|scope| {

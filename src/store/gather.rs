@@ -244,6 +244,16 @@ mod tests {
         Ok(Committed::Done(Revision(n)))
     }
 
+    /// Each caller gets the answer to its one commit.
+    async fn are_done(
+        callers: impl IntoIterator<Item = oneshot::Receiver<Answers>>,
+        ns: impl IntoIterator<Item = u64>,
+    ) {
+        for (answered, n) in callers.into_iter().zip(ns) {
+            assert_eq!(answered.await.unwrap(), [done(n)]);
+        }
+    }
+
     struct Bed {
         sender: mpsc::Sender<Job>,
         jobs: mpsc::Receiver<Job>,
@@ -308,9 +318,7 @@ mod tests {
                 assert_eq!(bed.write_one().await, [2, 3]);
                 answer.send(ns.into_iter().map(done).collect()).unwrap();
                 assert_eq!(first.await.unwrap(), [done(1)]);
-                for (answered, n) in rest.into_iter().zip(2..) {
-                    assert_eq!(answered.await.unwrap(), [done(n)]);
-                }
+                are_done(rest, 2..).await;
             })
             .await;
     }
@@ -334,9 +342,7 @@ mod tests {
                     answer.send(ns.into_iter().map(done).collect()).unwrap();
                 }
                 assert_eq!(bed.write_one().await, [10, 11]);
-                for (answered, n) in rest.into_iter().zip(10..) {
-                    assert_eq!(answered.await.unwrap(), [done(n)]);
-                }
+                are_done(rest, 10..).await;
             })
             .await;
     }
@@ -352,9 +358,7 @@ mod tests {
                 for expected in ns.chunks(ROUND_MAX) {
                     assert_eq!(bed.write_one().await, expected);
                 }
-                for (answered, n) in waiting.into_iter().zip(ns) {
-                    assert_eq!(answered.await.unwrap(), [done(n)]);
-                }
+                are_done(waiting, ns).await;
             })
             .await;
     }

@@ -17,7 +17,7 @@ use tokio::sync::{mpsc, oneshot};
 use super::{
     Health, StoreError,
     judge::Judge,
-    priority::{self, step_back},
+    priority::{Background, step_back},
     record,
     shared::Shared,
     tables::{Span, Table, TablesError},
@@ -100,7 +100,7 @@ impl Janitor {
             std::thread::Builder::new().name("store-janitor".to_owned()).spawn(move || {
                 // Without upkeep the disk fills unseen: end at once instead.
                 let _abort = AbortOnPanic;
-                step_back(priority::Work::Upkeep);
+                step_back(Background::Upkeep);
                 let mut wait = ROUND_EVERY;
                 while stopped.recv_timeout(wait) == Err(sync_mpsc::RecvTimeoutError::Timeout) {
                     let is_done = rounds.round();

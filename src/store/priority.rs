@@ -3,7 +3,7 @@
 /// What can wait, how far behind: in Linux's steps of niceness, with each of which a thread gets a fifth less time
 /// beside others.
 #[derive(Clone, Copy)]
-pub enum Work {
+pub enum Background {
     /// Merging files takes a tenth of a core under full load. A sixth of what others get is enough for it.
     Merging = 8,
     /// Where upkeep falls far behind, creates are refused: it gets two fifths.
@@ -12,7 +12,7 @@ pub enum Work {
 
 /// For a thread whose work can wait: a busy machine gives its time to others first. What the thread starts
 /// inherits it. Elsewhere than on Linux a process has one priority, which stays.
-pub fn step_back(work: Work) {
+pub fn step_back(work: Background) {
     #[cfg(not(target_os = "linux"))]
     let _ = work;
     #[cfg(target_os = "linux")]
