@@ -37,6 +37,7 @@ pub mod healthcheck;
 pub mod log_budget;
 pub mod metrics;
 pub mod ops;
+pub mod pace;
 pub mod process;
 pub mod recent;
 pub mod runtime;

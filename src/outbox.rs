@@ -3,15 +3,16 @@
 //! id and the same bytes.
 
 mod batches;
+mod bodies;
 mod finisher;
 mod lanes;
 mod webhooks;
 
 use std::{sync::Arc, time::Duration};
 
-use bytes::Bytes;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
+use self::bodies::Bodies;
 pub use self::{
     batches::{Batches, Mail, RETRIES},
     finisher::{Finisher, Policies},
@@ -23,7 +24,6 @@ use crate::{
     courier::{Death, Parcel},
     domain::{
         delivery::{Attempted, Channel, Delivery},
-        event,
         time::Timestamp,
     },
     metrics::Metrics,
@@ -39,9 +39,14 @@ pub struct Shared {
     pub store: Arc<dyn Store>,
     pub clock: Arc<dyn Clock>,
     pub metrics: Arc<Metrics>,
+    bodies: Arc<Bodies>,
 }
 
 impl Shared {
+    pub fn new(store: Arc<dyn Store>, clock: Arc<dyn Clock>, metrics: Arc<Metrics>) -> Self {
+        Self { store, clock, metrics, bodies: Arc::default() }
+    }
+
     fn now(&self) -> Timestamp {
         Timestamp::from_ms(self.clock.now_ms())
     }
@@ -67,7 +72,7 @@ struct Claim {
 
 impl Claim {
     /// What is due of it; `None` where nothing is any more.
-    fn parcel(&self, channel: Channel, now: Timestamp) -> Option<Parcel> {
+    fn parcel(&self, bodies: &Bodies, channel: Channel, now: Timestamp) -> Option<Parcel> {
         let payment = &self.stored.payment;
         let notification = payment.due_notification(channel, now)?;
         let terms = &payment.terms;
@@ -78,7 +83,7 @@ impl Claim {
             topic: notification.topic,
             at: notification.snapshot.at,
             url: terms.webhook_url.clone(),
-            body: Bytes::from(event::body(terms, notification)),
+            body: bodies.of(terms, notification),
             trace: terms.trace,
             death: match channel {
                 Channel::Event | Channel::Webhook => None,

@@ -98,11 +98,7 @@ impl Service {
         let gatherer = opened.gatherer();
         let store: Arc<dyn Store> = opened;
         watch_outbox(metrics, &store, &clock);
-        let shared = Shared {
-            store: Arc::clone(&store),
-            clock: Arc::clone(&clock),
-            metrics: Arc::clone(metrics),
-        };
+        let shared = Shared::new(Arc::clone(&store), Arc::clone(&clock), Arc::clone(metrics));
         let couriers = Couriers {
             events: events_courier(config, &aws, event_log).await?,
             webhooks: webhook_courier(config)?,

@@ -688,4 +688,4 @@ fn detail(name: &'static str, value: impl Into<Cow<'static, str>>) -> Detail {
 
 #[cfg(test)]
 #[path = "payment_tests.rs"]
-mod tests;
+pub(crate) mod tests;

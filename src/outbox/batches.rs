@@ -145,7 +145,7 @@ impl Batches {
         let room = self.courier.batch_max() - batch.len();
         for lease in self.shared.store.due(self.mail.work(), now, room).await? {
             let Some(claim) = self.shared.claim(lease, now).await? else { continue };
-            let parcel = claim.parcel(self.mail.channel(), now);
+            let parcel = claim.parcel(&self.shared.bodies, self.mail.channel(), now);
             batch.extend(parcel.map(|parcel| (claim, parcel)));
         }
         Ok(batch)

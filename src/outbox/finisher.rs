@@ -8,15 +8,20 @@ use tokio::sync::mpsc;
 use super::{Done, Jitter, Shared};
 use crate::{
     domain::{
-        delivery::{Channel, RetryPolicy},
+        delivery::{Channel, RetryPolicy, Verdict},
         payment::Payment,
         time::Timestamp,
     },
+    pace::{self, Pace},
     store::{Change, Commit, StoreError, UNREADABLE_MS, Versioned},
 };
 
 /// Results written back in one commit.
 const BATCH: usize = 500;
+/// Under load they wait for each other: what came of a payment's event and of its webhook then goes into one commit.
+/// A crash in between has them attempted once more.
+const WRITES: pace::Rules =
+    pace::Rules { every: Duration::from_millis(20), busy: 16, company: BATCH };
 /// Results that wait to be written back.
 const QUEUE: usize = 4_096;
 /// How often a result is tried against a payment that others change at the same time.
@@ -57,7 +62,17 @@ impl Finisher {
     /// Runs until every feeder is gone and all results are written.
     pub async fn run(mut self) {
         let mut batch = Vec::with_capacity(BATCH);
+        let mut pace = Pace::new(WRITES);
         while self.done.recv_many(&mut batch, BATCH).await > 0 {
+            if let Some(wait) = pace.wait(batch.len()) {
+                tokio::time::sleep(wait).await;
+                while batch.len() < BATCH
+                    && let Ok(done) = self.done.try_recv()
+                {
+                    batch.push(done);
+                }
+            }
+            pace.begin(batch.len());
             self.finish(std::mem::take(&mut batch)).await;
         }
     }
@@ -129,12 +144,17 @@ impl Finisher {
     fn apply(&self, before: &Versioned, group: &[Done], now: Timestamp) -> Option<Payment> {
         group.iter().fold(None, |changed: Option<Payment>, done| {
             let payment = changed.as_ref().unwrap_or(&before.payment);
+            let jitter = match done.attempted.verdict {
+                Verdict::Retry { .. } | Verdict::Unavailable => (self.jitter)(),
+                // Nothing follows that could be spread out.
+                Verdict::Accepted | Verdict::Refused => 0.0,
+            };
             let after = payment.after_attempt(
                 (done.n, done.channel),
                 done.attempted.clone(),
                 now,
                 self.policies.of(done.channel),
-                (self.jitter)(),
+                jitter,
             );
             after.or(changed)
         })

@@ -52,7 +52,7 @@ struct Sender {
     courier: Arc<dyn Courier>,
     lanes: Mutex<Lanes<Waiting>>,
     origins: Recent<Option<Origin>>,
-    /// Wakes the loop when a place is free.
+    /// Wakes the loop when a place is free that somebody waits for.
     freed: Arc<Notify>,
     /// Ends the attempts in flight; what they carry stays owed.
     abandon: CancellationToken,
@@ -102,7 +102,9 @@ impl Webhooks {
                 Waiting::Leased(lease) => shared.claim(lease, now).await?,
             };
             let Some(claim) = claim else { continue };
-            let Some(parcel) = claim.parcel(Channel::Webhook, now) else { continue };
+            let Some(parcel) = claim.parcel(&shared.bodies, Channel::Webhook, now) else {
+                continue;
+            };
             match place {
                 Some(place) => self.start(claim.lease, parcel, place, now),
                 None => self.withhold(claim.lease, parcel.n, now).await,
@@ -220,7 +222,12 @@ impl Place {
 
 impl Drop for Place {
     fn drop(&mut self) {
-        self.sender.lanes().ended(&self.origin, self.sign, self.sender.shared.now());
-        self.sender.freed.notify_one();
+        let mut lanes = self.sender.lanes();
+        lanes.ended(&self.origin, self.sign, self.sender.shared.now());
+        let somebody_waits = lanes.waiting() > 0;
+        drop(lanes);
+        if somebody_waits {
+            self.sender.freed.notify_one();
+        }
     }
 }

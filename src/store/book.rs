@@ -188,8 +188,9 @@ impl Book {
         let Some(open) = pages.open.get_mut(&id) else { return };
         let slot = &mut open.slots[work as usize];
         let leased = slot.leased.take();
-        slot.queued = slot.due.map(|due| not_before.map_or(due, |at| due.max(at)));
-        if let Some(at) = slot.queued {
+        let queued = slot.due.map(|due| not_before.map_or(due, |at| due.max(at)));
+        slot.queued = queued;
+        if let Some(at) = queued {
             pages.queues[work as usize].insert((at, id));
         }
         if let Some(at) = leased {
@@ -197,7 +198,10 @@ impl Book {
         }
         pages.forget_if_idle(id);
         drop(pages);
-        self.changed[work as usize].notify_one();
+        // What is finished wakes nobody: there are tens of thousands a second.
+        if queued.is_some() {
+            self.changed[work as usize].notify_one();
+        }
     }
 }
 
@@ -359,5 +363,24 @@ mod tests {
         Lease::new(id(1), Work::Wake, Arc::clone(&book) as Arc<dyn Releases>).put_off(at(4_000));
         assert!(book.lease(Work::Wake, at(3_999), 1).is_empty());
         assert_eq!(book.lease(Work::Wake, at(4_000), 1), [id(1)]);
+    }
+
+    #[test]
+    fn what_is_given_back_wakes_only_where_it_is_still_owed() {
+        let book = Book::new(at(100_000));
+        let changed = book.changed(Work::Wake);
+        let is_woken = || {
+            let mut woken = std::pin::pin!(changed.notified());
+            let mut context = std::task::Context::from_waker(std::task::Waker::noop());
+            woken.as_mut().poll(&mut context).is_ready()
+        };
+        book.note([wake(1, 2_000), wake(2, 2_000)]);
+        assert!(is_woken());
+        book.lease(Work::Wake, at(2_000), 2);
+        book.note([(id(1), Dues::default(), None)]);
+        book.release(Work::Wake, id(1), None);
+        assert!(!is_woken(), "nothing is left to do of it");
+        book.release(Work::Wake, id(2), None);
+        assert!(is_woken());
     }
 }

@@ -27,6 +27,7 @@ use crate::{
         payment::{Payment, Terms},
         time::Timestamp,
     },
+    pace::{self, Pace},
 };
 
 /// The most jobs taken in one go: batches size themselves, this only bounds their memory.
@@ -38,13 +39,9 @@ const COMMITS_MAX: usize = 2_000;
 /// Payments whose keys and lists are in memory alone, at some 250 bytes each: half a minute's at full speed.
 /// Where bringing them into their tables falls so far behind, creates are refused.
 const TAIL_MAX: usize = 1_000_000;
-/// Under load a sync begins so long after the one before.
-const SYNC_EVERY: Duration = Duration::from_millis(2);
-/// So many commits in a sync are load. Fewer are callers that wait for one answer before they ask again:
-/// they get it at once.
-const BUSY_COMMITS: usize = 8;
-/// So many are company enough.
-const COMPANY_COMMITS: usize = 250;
+/// A sync costs some 0.2 ms of CPU, for one commit as for a hundred. Fewer commits than are load come from callers
+/// that wait for one answer before they ask again: they get it at once.
+const SYNCS: pace::Rules = pace::Rules { every: Duration::from_millis(2), busy: 8, company: 250 };
 /// Marks are written along with a batch, at most this often.
 const MARKS_EVERY: Duration = Duration::from_secs(1);
 
@@ -126,22 +123,6 @@ pub struct Writer {
     watched: Option<FxHashSet<PaymentId>>,
 }
 
-/// A sync costs some 0.2 ms of CPU, for one commit as for a hundred: under load the next one waits for
-/// company.
-struct Pace {
-    began: Stopwatch,
-    /// In the last sync.
-    commits: usize,
-}
-
-impl Pace {
-    /// How long a sync of so many commits is still put off, the last having begun `ago`.
-    fn wait(&self, commits: usize, ago: Duration) -> Option<Duration> {
-        let is_alone = self.commits >= BUSY_COMMITS && commits < COMPANY_COMMITS;
-        is_alone.then(|| SYNC_EVERY.checked_sub(ago)).flatten()
-    }
-}
-
 type Waiting = Vec<(oneshot::Sender<Answers>, Answers)>;
 
 impl Writer {
@@ -156,10 +137,10 @@ impl Writer {
         let _abort = AbortOnPanic;
         let mut jobs = Vec::with_capacity(JOBS_MAX);
         let are_synced = self.shared.tables.are_on_disk();
-        let mut pace = Pace { began: Stopwatch::start(), commits: 0 };
+        let mut pace = Pace::new(SYNCS);
         while self.jobs.blocking_recv_many(&mut jobs, JOBS_MAX) > 0 {
             let commits = |jobs: &[Job]| jobs.iter().map(Job::commits).sum();
-            if are_synced && let Some(wait) = pace.wait(commits(&jobs), pace.began.elapsed()) {
+            if are_synced && let Some(wait) = pace.wait(commits(&jobs)) {
                 std::thread::sleep(wait);
                 while jobs.len() < JOBS_MAX
                     && let Ok(job) = self.jobs.try_recv()
@@ -167,7 +148,7 @@ impl Writer {
                     jobs.push(job);
                 }
             }
-            pace = Pace { began: Stopwatch::start(), commits: commits(&jobs) };
+            pace.begin(commits(&jobs));
             while !jobs.is_empty() {
                 let now = fitting(&jobs);
                 if !self.batch(jobs.drain(..now).collect()) {
@@ -516,16 +497,6 @@ mod tests {
             answer: oneshot::channel().0,
         };
         sizes.iter().map(job).collect()
-    }
-
-    #[test]
-    fn under_load_a_sync_waits_for_company_and_a_lone_caller_never() {
-        let after = |commits| Pace { began: Stopwatch::start(), commits };
-        let (soon, late) = (Duration::from_micros(500), Duration::from_millis(3));
-        assert_eq!(after(100).wait(20, soon), Some(Duration::from_micros(1_500)));
-        assert_eq!(after(100).wait(20, late), None);
-        assert_eq!(after(100).wait(COMPANY_COMMITS, soon), None);
-        assert_eq!(after(1).wait(1, soon), None);
     }
 
     #[test]

@@ -324,7 +324,7 @@ fn with_outbox(bench: &Bench, count: u64) -> Result<Round, String> {
 async fn deliver(bench: &Bench, location: &Location, count: u64) -> Result<Round, String> {
     let store = filled(bench, location, count).await?;
     let (clock, metrics) = (Arc::new(SystemClock), Arc::new(Metrics::new()));
-    let shared = Shared { store: Arc::clone(&store), clock: clock.clone(), metrics };
+    let shared = Shared::new(Arc::clone(&store), clock.clone(), metrics);
     let webhook = RetryPolicy { max_attempts: Some(10), ..RETRIES };
     let policies = Policies { batched: RETRIES, webhook };
     let (finisher, done) = Finisher::new(shared.clone(), policies, Arc::new(|| 0.5));

@@ -39,7 +39,7 @@ pub fn outbox(clock: &ManualClock) -> (Shared, App) {
     };
     let metrics = Arc::new(Metrics::new());
     let app = App::new(Arc::clone(&store), Arc::clone(&clock), Arc::clone(&metrics), settings);
-    (Shared { store, clock, metrics }, app)
+    (Shared::new(store, clock, metrics), app)
 }
 
 pub fn new_payment(reservation: &str) -> NewPayment {
