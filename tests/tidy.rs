@@ -35,7 +35,7 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("driver", &["domain", "store", "clock"]),
     ("scheduler", &["domain", "store", "app", "driver", "clock", "metrics", "faults"]),
     ("outbox", &["domain", "store", "courier", "driver", "clock", "metrics", "pace", "recent"]),
-    ("api", &["domain", "store", "app", "slot"]),
+    ("api", &["domain", "store", "app", "recent", "slot"]),
     ("edge", &["api", "domain", "clock", "log_budget", "metrics", "slot"]),
     ("faults", &["domain", "store", "courier"]),
     // The other binary: it knows events, and nothing of how payments are kept.

@@ -9,7 +9,7 @@ use tokio_util::sync::CancellationToken;
 use tonic::Status;
 
 use super::{
-    convert,
+    convert::{self, WebhookUrls},
     cursor::{self, Filters},
     error::{Failure, Reason},
     pb::{common::v1 as common, payment::v1 as pb},
@@ -44,6 +44,7 @@ pub struct Payments(Arc<Inner>);
 struct Inner {
     app: Arc<App>,
     public_url: Option<String>,
+    urls: WebhookUrls,
     held: Arc<Semaphore>,
     /// Held calls end with it.
     drain: CancellationToken,
@@ -52,7 +53,7 @@ struct Inner {
 impl Payments {
     pub fn new(app: Arc<App>, public_url: Option<String>, drain: CancellationToken) -> Self {
         let held = Arc::new(Semaphore::new(HELD_MAX));
-        Self(Arc::new(Inner { app, public_url, held, drain }))
+        Self(Arc::new(Inner { app, public_url, urls: WebhookUrls::default(), held, drain }))
     }
 
     fn app(&self) -> &App {
@@ -98,7 +99,7 @@ impl Payments {
         let secret = self.app().secret();
         let mut found = Violations::default();
         let key = convert::key(&head.headers, &mut message, secret, &mut found);
-        (key, convert::new_payment(message, now, secret, head.trace, found))
+        (key, convert::new_payment(message, now, secret, &self.0.urls, head.trace, found))
     }
 
     /// The payment of a create whose key is known.

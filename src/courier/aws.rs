@@ -8,6 +8,7 @@ use aws_config::{
     meta::region::RegionProviderChain,
     profile::{self, ProfileFileRegionProvider},
     retry::RetryConfig,
+    stalled_stream_protection::StalledStreamProtectionConfig,
     timeout::TimeoutConfig,
 };
 use aws_smithy_http_client::{
@@ -55,6 +56,8 @@ pub async fn sdk_config(settings: &AwsSettings) -> SdkConfig {
         .http_client(http_client())
         // The outbox tries again, batched with what has become due meanwhile.
         .retry_config(RetryConfig::disabled())
+        // A call is one small message each way, and its time is limited as a whole.
+        .stalled_stream_protection(StalledStreamProtectionConfig::disabled())
         .timeout_config(timeouts);
     if let Some(profile) = &settings.profile {
         loader = loader.profile_name(profile);
