@@ -4,14 +4,14 @@ use std::{fs, path::Path, sync::Arc, time::Duration};
 
 use payment_sim::{
     clock::{Clock, Stopwatch, SystemClock},
-    domain::{ids::PaymentId, payment::Payment, time::Timestamp},
+    domain::{ids::PaymentId, time::Timestamp},
     store::{
         self, Change, Commit, Embedded, Location, Options, Retention, Revision, Store, Versioned,
     },
 };
 use tokio::task::JoinSet;
 
-use crate::payments::{self, Maker, delivered};
+use crate::payments::{self, Maker, created, delivered};
 
 /// Payments a commit while filling, and commits under way at a time.
 const BATCH: u64 = 500;
@@ -98,10 +98,6 @@ impl Filling {
         store.close().await;
         Ok(())
     }
-}
-
-fn created(payment: Payment) -> Commit {
-    Commit { change: Some(Change::Create { terms: payment.terms, draw: None }), reply: None }
 }
 
 /// A payment's whole life: its creation, and its webhook delivered.

@@ -2,14 +2,17 @@
 
 use std::{sync::Arc, time::Duration};
 
-use payment_sim::domain::{
-    delivery::{Attempt, Attempted, Channel, RetryPolicy, Verdict},
-    event,
-    ids::{Idempotency, KeyHash, PaymentId, RequestHash},
-    money::{Currency, Money},
-    payment::{Metadata, Method, Payment, Terms, Trace},
-    scenario::{DrawKey, Plan, Scenario, Settings},
-    time::Timestamp,
+use payment_sim::{
+    domain::{
+        delivery::{Attempt, Attempted, Channel, RetryPolicy, Verdict},
+        event,
+        ids::{Idempotency, KeyHash, PaymentId, RequestHash},
+        money::{Currency, Money},
+        payment::{Metadata, Method, Payment, Terms, Trace},
+        scenario::{DrawKey, Plan, Scenario, Settings},
+        time::Timestamp,
+    },
+    store::{Change, Commit},
 };
 
 pub const USERS: u64 = 10_000;
@@ -68,6 +71,11 @@ impl Maker {
             renderer: event::RENDERER,
         }))
     }
+}
+
+/// What creates it in a store.
+pub fn created(payment: Payment) -> Commit {
+    Commit { change: Some(Change::Create { terms: payment.terms, draw: None }), reply: None }
 }
 
 /// The id of the `n`-th payment.

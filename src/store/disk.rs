@@ -11,8 +11,11 @@ use std::{
 
 use fjall::{
     AbstractTree, Database, Keyspace, KeyspaceCreateOptions, PersistMode,
-    compaction::filter::{
-        CompactionFilter, CompactionFilterResult, Context, Factory, ItemAccessor, Verdict,
+    compaction::{
+        Leveled,
+        filter::{
+            CompactionFilter, CompactionFilterResult, Context, Factory, ItemAccessor, Verdict,
+        },
     },
     config::{BloomConstructionPolicy, FilterPolicy, FilterPolicyEntry},
 };
@@ -52,6 +55,11 @@ const JOURNAL_BYTES: u64 = 128 << 20;
 /// One, because of several one passes every compaction on to the others, and spins while these are busy.
 const WORKER_THREADS: usize = 1;
 const KEY_FILTER_BITS: f32 = 10.0;
+/// Of what is derived, tables that are merged at once. Keys and names are hashes: each merge rewrites all of the next
+/// level, and so the more go together the cheaper. A fresh key is looked for in the filters of all that still wait.
+const MERGED_AT_ONCE: u8 = 12;
+/// Of a file of what is derived. The level that is rewritten is as large as `MERGED_AT_ONCE` of them.
+const DERIVED_FILE_BYTES: u64 = 16 << 20;
 
 /// Two engines: whoever brings rows in holds up its engine's commits until they are on the disk, and so what
 /// is brought in is not where commits go.
@@ -213,6 +221,14 @@ fn copy(engine: &Database, table: Table, to: &Keyspace) -> fjall::Result<()> {
 
 fn options(table: Table) -> KeyspaceCreateOptions {
     let options = KeyspaceCreateOptions::default().max_memtable_size(MEMTABLE_BYTES);
+    let options = match DERIVED.contains(&table) {
+        true => options.compaction_strategy(Arc::new(
+            Leveled::default()
+                .with_l0_threshold(MERGED_AT_ONCE)
+                .with_table_target_size(DERIVED_FILE_BYTES),
+        )),
+        false => options,
+    };
     match table {
         Table::Key | Table::Reply => {
             let bits = BloomConstructionPolicy::BitsPerKey(KEY_FILTER_BITS);

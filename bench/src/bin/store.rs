@@ -1,7 +1,8 @@
 //! Whole payments through the store alone: creates at a fixed rate, a batch to a commit call, each
-//! settled two seconds later as the outbox does it. The load does not wait for the store.
+//! settled two seconds later as the outbox does it. The load does not wait for the store. With `pending`, beside so
+//! many others that wait for an hour.
 //!
-//! `rate=30000 seconds=60 dir=PATH retention=SECONDS`; exit code 1 when the store fell behind.
+//! `rate=30000 seconds=60 pending=0 dir=PATH retention=SECONDS`; exit code 1 when the store fell behind.
 
 use std::{
     path::{Path, PathBuf},
@@ -16,7 +17,7 @@ use std::{
 use bench::{
     argument, check_arguments,
     gauge::{cpu_us, disk_bytes, memory_mib, quantile, written_bytes},
-    payments::{Maker, delivered},
+    payments::{Maker, created, delivered},
 };
 use payment_sim::{
     clock::{Clock, Stopwatch, SystemClock},
@@ -32,6 +33,12 @@ const BATCH: u64 = 100;
 /// Batches of settlements under way at a time.
 const SETTLING_MAX: usize = 64;
 const SETTLE_AFTER: Duration = Duration::from_secs(2);
+/// When what is pending beside them falls due: long after the end.
+const PENDING_FOR: Duration = Duration::from_secs(3_600);
+/// Of a second's CPU: beneath it what was pending has been merged, and costs the others nothing any more.
+const RESTING_US: f64 = 20_000.0;
+/// They are numbered from here on.
+const PENDING_FROM: u64 = 1 << 40;
 /// Behind: what falls due is settled later than this, or creates are answered later.
 const LATE: Duration = Duration::from_secs(1);
 
@@ -74,11 +81,16 @@ impl Seen {
 struct Load {
     rate: u64,
     seconds: u64,
+    pending: u64,
 }
 
 fn run() -> Result<bool, String> {
-    check_arguments(&["rate", "seconds", "dir", "retention"])?;
-    let load = Load { rate: argument("rate", 30_000)?, seconds: argument("seconds", 60)? };
+    check_arguments(&["rate", "seconds", "pending", "dir", "retention"])?;
+    let load = Load {
+        rate: argument("rate", 30_000)?,
+        seconds: argument("seconds", 60)?,
+        pending: argument("pending", 0)?,
+    };
     let kept = Duration::from_secs(argument("retention", 7 * 86_400)?);
     let given: String = argument("dir", String::new())?;
     let dir = match given.as_str() {
@@ -112,6 +124,11 @@ fn measure(load: &Load, kept: Duration, dir: &Path) -> Result<bool, String> {
     };
     let store = store::open(&Location::Folder(dir.to_owned()), options)
         .map_err(|error| error.to_string())?;
+    if load.pending > 0 {
+        on_a_runtime(fill(load.pending, &store))?;
+        seen.commits.store(0, Ordering::Relaxed);
+        seen.commit_ms.lock().unwrap_or_else(PoisonError::into_inner).clear();
+    }
     let generating = generator_us();
     let (cpu, written) = (cpu_us(), written_bytes());
     let took = Stopwatch::start();
@@ -180,6 +197,45 @@ fn generator_us() -> f64 {
     (spent(&cpu_us()).unwrap_or(0.0) - spent(&before).unwrap_or(0.0)) / COUNT as f64
 }
 
+/// Payments that wait beside those that are measured.
+async fn fill(pending: u64, store: &Arc<Embedded>) -> Result<(), String> {
+    let maker = Maker::new(PENDING_FOR);
+    let mut answers = JoinSet::new();
+    let answered = |answers: Result<Vec<Result<Committed, StoreError>>, _>| {
+        let answers = answers.map_err(|error: tokio::task::JoinError| error.to_string())?;
+        match answers.into_iter().find_map(Result::err) {
+            Some(error) => Err(format!("a create came to {error:?}")),
+            None => Ok(()),
+        }
+    };
+    for first in (0..pending).step_by(BATCH as usize) {
+        let now = Timestamp::from_ms(SystemClock.now_ms());
+        let numbers = first..(first + BATCH).min(pending);
+        let commits = numbers.map(|n| created(maker.payment(PENDING_FROM + n, now))).collect();
+        let store = Arc::clone(store);
+        answers.spawn(async move { store.commit(commits).await });
+        if answers.len() == SETTLING_MAX
+            && let Some(answer) = answers.join_next().await
+        {
+            answered(answer)?;
+        }
+    }
+    while let Some(answer) = answers.join_next().await {
+        answered(answer)?;
+    }
+    while merging_us(Duration::from_secs(1)).await > RESTING_US {}
+    println!("{pending} are pending, {:.0} MiB", memory_mib("self", "VmRSS"));
+    Ok(())
+}
+
+/// What the engines' workers use meanwhile.
+async fn merging_us(meanwhile: Duration) -> f64 {
+    let used = || cpu_us().get("fjall:worker").copied().unwrap_or(0.0);
+    let before = used();
+    tokio::time::sleep(meanwhile).await;
+    used() - before
+}
+
 async fn create(load: &Load, store: Arc<Embedded>, seen: Arc<Seen>) {
     let maker = Maker::new(SETTLE_AFTER);
     let start = Stopwatch::start();
@@ -190,14 +246,7 @@ async fn create(load: &Load, store: Arc<Embedded>, seen: Arc<Seen>) {
             tokio::time::sleep(left).await;
         }
         let now = Timestamp::from_ms(SystemClock.now_ms());
-        let commits = (0..BATCH).map(|k| {
-            let payment = maker.payment(i * BATCH + k, now);
-            Commit {
-                change: Some(Change::Create { terms: payment.terms, draw: None }),
-                reply: None,
-            }
-        });
-        let commits = commits.collect();
+        let commits = (0..BATCH).map(|k| created(maker.payment(i * BATCH + k, now))).collect();
         let (store, seen) = (Arc::clone(&store), Arc::clone(&seen));
         answers.spawn(async move {
             for answer in store.commit(commits).await {
