@@ -13,8 +13,10 @@ use crate::domain::{
     payment::Terms,
 };
 
-/// Bodies kept, about 1 KB each; beyond it all are forgotten, and rendered anew.
+/// Bodies kept; beyond it all are forgotten, and rendered anew.
 const MAX: usize = 4_096;
+/// Nearly all have less than 1 KB. One that its caller filled up is rendered twice, so that what is kept stays small.
+const KEPT_BYTES: usize = 4 << 10;
 
 #[derive(Default)]
 pub struct Bodies(Mutex<FxHashMap<(PaymentId, u32), Bytes>>);
@@ -26,11 +28,13 @@ impl Bodies {
         if let Some(body) = self.lock().remove(&name) {
             return body;
         }
-        let body = Bytes::from(event::body(terms, notification));
+        let body = event::body(terms, notification);
+        let is_small = body.capacity() <= KEPT_BYTES;
+        let body = Bytes::from(body);
         let is_to_come = |delivery: &Option<Delivery>| {
             delivery.as_ref().is_some_and(|delivery| delivery.attempts_made == 0)
         };
-        if is_to_come(&notification.event) && is_to_come(&notification.webhook) {
+        if is_small && is_to_come(&notification.event) && is_to_come(&notification.webhook) {
             let mut bodies = self.lock();
             if bodies.len() >= MAX {
                 bodies.clear();
@@ -101,5 +105,14 @@ mod tests {
             bodies.of(&terms, payment.notification(1).unwrap());
             assert!(bodies.lock().len() <= MAX);
         }
+    }
+
+    #[test]
+    fn a_body_that_was_filled_up_is_not_kept() {
+        let (bodies, payment) = (Bodies::default(), approved());
+        let echo = Some(format!(r#"{{"a":"{}"}}"#, "x".repeat(KEPT_BYTES)));
+        let terms = Terms { echo, ..(*payment.terms).clone() };
+        bodies.of(&terms, payment.notification(1).unwrap());
+        assert!(bodies.lock().is_empty());
     }
 }

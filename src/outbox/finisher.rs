@@ -145,9 +145,9 @@ impl Finisher {
         group.iter().fold(None, |changed: Option<Payment>, done| {
             let payment = changed.as_ref().unwrap_or(&before.payment);
             let jitter = match done.attempted.verdict {
-                Verdict::Retry { .. } | Verdict::Unavailable => (self.jitter)(),
-                // Nothing follows that could be spread out.
-                Verdict::Accepted | Verdict::Refused => 0.0,
+                Verdict::Retry { .. } => (self.jitter)(),
+                // Nothing follows that is to be spread out.
+                Verdict::Accepted | Verdict::Unavailable | Verdict::Refused => 0.0,
             };
             let after = payment.after_attempt(
                 (done.n, done.channel),

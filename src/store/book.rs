@@ -198,7 +198,8 @@ impl Book {
         }
         pages.forget_if_idle(id);
         drop(pages);
-        // What is finished wakes nobody: there are tens of thousands a second.
+        // What is finished wakes nobody: there are tens of thousands a second. What lanes hold while the disk is full
+        // is taken up by the next poll.
         if queued.is_some() {
             self.changed[work as usize].notify_one();
         }

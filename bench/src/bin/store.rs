@@ -35,7 +35,9 @@ const SETTLING_MAX: usize = 64;
 const SETTLE_AFTER: Duration = Duration::from_secs(2);
 /// When what is pending beside them falls due: long after the end.
 const PENDING_FOR: Duration = Duration::from_secs(3_600);
-/// Of a second's CPU: beneath it what was pending has been merged, and costs the others nothing any more.
+/// Filling is over when so many seconds in a row took less CPU for merging: longer than what is derived waits to be
+/// brought in. Some of its files are left to be merged with those of the load.
+const RESTING_SECONDS: usize = 8;
 const RESTING_US: f64 = 20_000.0;
 /// They are numbered from here on.
 const PENDING_FROM: u64 = 1 << 40;
@@ -223,7 +225,11 @@ async fn fill(pending: u64, store: &Arc<Embedded>) -> Result<(), String> {
     while let Some(answer) = answers.join_next().await {
         answered(answer)?;
     }
-    while merging_us(Duration::from_secs(1)).await > RESTING_US {}
+    let mut resting = 0;
+    while resting < RESTING_SECONDS {
+        let is_resting = merging_us(Duration::from_secs(1)).await < RESTING_US;
+        resting = if is_resting { resting + 1 } else { 0 };
+    }
     println!("{pending} are pending, {:.0} MiB", memory_mib("self", "VmRSS"));
     Ok(())
 }
