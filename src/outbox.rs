@@ -52,7 +52,7 @@ impl Shared {
     }
 
     /// Whether what comes of an attempt can be written down. Where not, none is made: it would only be
-    /// made again.
+    /// made again. What is leased meanwhile is taken up by the loop's next poll once it can.
     fn can_finish(&self) -> bool {
         self.store.health() == Health::Good
     }

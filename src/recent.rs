@@ -1,4 +1,4 @@
-//! Answers that are found once and given again: what thousands of webhooks a second ask about the same few
+//! Answers that are found once and given again: what thousands of payments a second ask about the same few
 //! URLs.
 
 use std::{

@@ -75,26 +75,20 @@ impl Filling {
         let location = Location::Folder(dir.join("data"));
         let store = store::open(&location, options).map_err(|error| error.to_string())?;
         let (at_once, later) = (Maker::new(Duration::ZERO), Maker::new(OWED_FOR));
-        let mut answers = JoinSet::new();
-        let mut commits = Vec::new();
         let all = self.settled + self.owed;
-        for n in 0..all {
-            if n < self.settled {
-                commits.extend(settled(&at_once, n, self.made_at(n))?);
-            } else {
-                let now = Timestamp::from_ms(SystemClock.now_ms());
-                commits.push(created(later.payment(n, now)));
+        let batches = (0..all).step_by(BATCH as usize).map(|first| {
+            let mut commits = Vec::new();
+            for n in first..(first + BATCH).min(all) {
+                if n < self.settled {
+                    commits.extend(settled(&at_once, n, self.made_at(n))?);
+                } else {
+                    let now = Timestamp::from_ms(SystemClock.now_ms());
+                    commits.push(created(later.payment(n, now)));
+                }
             }
-            if n % BATCH == BATCH - 1 || n + 1 == all {
-                answers.spawn(commit(Arc::clone(&store), std::mem::take(&mut commits)));
-            }
-            if answers.len() == FILLING_MAX {
-                answers.join_next().await.transpose().map_err(|e| e.to_string())?.transpose()?;
-            }
-        }
-        for answer in answers.join_all().await {
-            answer?;
-        }
+            Ok(commits)
+        });
+        put(&store, batches).await?;
         store.close().await;
         Ok(())
     }
@@ -107,6 +101,27 @@ fn settled(maker: &Maker, n: u64, at: Timestamp) -> Result<[Commit; 2], String> 
     let before = Arc::new(Versioned { payment: payment.clone(), revision: Revision(0) });
     let change = Change::update(before, after);
     Ok([created(payment), Commit { change: Some(change), reply: None }])
+}
+
+/// Commits batches, several at a time.
+///
+/// # Errors
+/// Where one cannot be made, or the store does not take it.
+pub async fn put(
+    store: &Arc<Embedded>,
+    batches: impl IntoIterator<Item = Result<Vec<Commit>, String>>,
+) -> Result<(), String> {
+    let mut answers = JoinSet::new();
+    for batch in batches {
+        answers.spawn(commit(Arc::clone(store), batch?));
+        if answers.len() == FILLING_MAX {
+            answers.join_next().await.transpose().map_err(|e| e.to_string())?.transpose()?;
+        }
+    }
+    for answer in answers.join_all().await {
+        answer?;
+    }
+    Ok(())
 }
 
 async fn commit(store: Arc<Embedded>, commits: Vec<Commit>) -> Result<(), String> {

@@ -198,8 +198,7 @@ impl Book {
         }
         pages.forget_if_idle(id);
         drop(pages);
-        // What is finished wakes nobody: there are tens of thousands a second. What lanes hold while the disk is full
-        // is taken up by the next poll.
+        // What is finished wakes nobody: there are tens of thousands a second.
         if queued.is_some() {
             self.changed[work as usize].notify_one();
         }

@@ -16,6 +16,7 @@ use std::{
 
 use bench::{
     argument, check_arguments,
+    filling::put,
     gauge::{cpu_us, disk_bytes, memory_mib, quantile, written_bytes},
     payments::{Maker, created, delivered},
 };
@@ -35,12 +36,12 @@ const SETTLING_MAX: usize = 64;
 const SETTLE_AFTER: Duration = Duration::from_secs(2);
 /// When what is pending beside them falls due: long after the end.
 const PENDING_FOR: Duration = Duration::from_secs(3_600);
+/// They are numbered from here on.
+const PENDING_FROM: u64 = 1 << 40;
 /// Filling is over when so many seconds in a row took less CPU for merging: longer than what is derived waits to be
 /// brought in. Some of its files are left to be merged with those of the load.
 const RESTING_SECONDS: usize = 8;
 const RESTING_US: f64 = 20_000.0;
-/// They are numbered from here on.
-const PENDING_FROM: u64 = 1 << 40;
 /// Behind: what falls due is settled later than this, or creates are answered later.
 const LATE: Duration = Duration::from_secs(1);
 
@@ -202,29 +203,12 @@ fn generator_us() -> f64 {
 /// Payments that wait beside those that are measured.
 async fn fill(pending: u64, store: &Arc<Embedded>) -> Result<(), String> {
     let maker = Maker::new(PENDING_FOR);
-    let mut answers = JoinSet::new();
-    let answered = |answers: Result<Vec<Result<Committed, StoreError>>, _>| {
-        let answers = answers.map_err(|error: tokio::task::JoinError| error.to_string())?;
-        match answers.into_iter().find_map(Result::err) {
-            Some(error) => Err(format!("a create came to {error:?}")),
-            None => Ok(()),
-        }
-    };
-    for first in (0..pending).step_by(BATCH as usize) {
+    let batches = (0..pending).step_by(BATCH as usize).map(|first| {
         let now = Timestamp::from_ms(SystemClock.now_ms());
         let numbers = first..(first + BATCH).min(pending);
-        let commits = numbers.map(|n| created(maker.payment(PENDING_FROM + n, now))).collect();
-        let store = Arc::clone(store);
-        answers.spawn(async move { store.commit(commits).await });
-        if answers.len() == SETTLING_MAX
-            && let Some(answer) = answers.join_next().await
-        {
-            answered(answer)?;
-        }
-    }
-    while let Some(answer) = answers.join_next().await {
-        answered(answer)?;
-    }
+        Ok(numbers.map(|n| created(maker.payment(PENDING_FROM + n, now))).collect())
+    });
+    put(store, batches).await?;
     let mut resting = 0;
     while resting < RESTING_SECONDS {
         let is_resting = merging_us(Duration::from_secs(1)).await < RESTING_US;
