@@ -25,6 +25,15 @@ pub fn raise_descriptor_limit() {
     }
 }
 
+/// Memory by small pages: of a huge one the system has to make 2 MiB of zeros, and sometimes to find them, while a thread
+/// waits that wanted a few bytes.
+pub fn refuse_huge_pages() {
+    #[cfg(target_os = "linux")]
+    if let Err(error) = rustix::thread::disable_transparent_huge_pages(true) {
+        tracing::debug!(%error, "huge pages stay");
+    }
+}
+
 /// Long tasks, by name. None of them ends by itself while the service runs.
 #[derive(Default)]
 pub struct Tasks {

@@ -22,6 +22,7 @@ pub fn start<C: BinaryConfig>(serve: impl FnOnce(&C) -> Result<ExitCode, String>
         return give_up::<C>(&error);
     }
     process::raise_descriptor_limit();
+    process::refuse_huge_pages();
     serve(&config).unwrap_or_else(|why| give_up::<C>(&why))
 }
 

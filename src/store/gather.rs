@@ -17,7 +17,10 @@ use tokio::{
     task::yield_now,
 };
 
-use super::{Answers, Commit, StoreError, writer::Job};
+use super::{
+    Answers, Commit, StoreError,
+    writer::{Asker, Job, Round},
+};
 
 /// Commits that wait on one thread for the rounds before theirs: as many as requests are in flight at a
 /// time, as shipped. More are refused at once.
@@ -41,10 +44,10 @@ pub struct Gatherer {
 
 struct Here {
     jobs: mpsc::Sender<Job>,
-    rounds: RefCell<VecDeque<Round>>,
+    gathered: RefCell<VecDeque<Gathered>>,
+    /// Rounds that are over: the next ones take their room.
+    spare: RefCell<Vec<Gathered>>,
     waiting: Cell<usize>,
-    /// Commits of the last round: the next one has room for as many from the start.
-    usual: Cell<usize>,
     /// There is a round to hand on, or the thread is about to end.
     filled: Notify,
     ended: Cell<bool>,
@@ -53,15 +56,10 @@ struct Here {
 /// Who waits for how many of a round's commits, in order.
 type Callers = Vec<(usize, oneshot::Sender<Answers>)>;
 
-struct Round {
-    commits: Vec<Commit>,
+#[derive(Default)]
+struct Gathered {
+    round: Round,
     callers: Callers,
-}
-
-impl Round {
-    fn with_room_for(commits: usize) -> Self {
-        Self { commits: Vec::with_capacity(commits), callers: Vec::with_capacity(commits) }
-    }
 }
 
 /// Hands commits in, in one step: they run to their end whatever the caller does. On a thread that
@@ -74,7 +72,7 @@ pub fn hand_in(
     let here = HERE.with_borrow(|here| here.clone().filter(|here| here.jobs.same_channel(jobs)));
     match here {
         Some(here) => here.join(commits, answer),
-        None => send(jobs, Job::Commit { commits, answer }),
+        None => send(jobs, Job::Commit { round: Round::of(commits), asker: Asker::Caller(answer) }),
     }
 }
 
@@ -96,9 +94,9 @@ impl Gatherer {
     pub async fn around<R>(self, serving: impl Future<Output = R>) -> R {
         let here = Rc::new(Here {
             jobs: self.jobs,
-            rounds: RefCell::default(),
+            gathered: RefCell::default(),
+            spare: RefCell::default(),
             waiting: Cell::new(0),
-            usual: Cell::new(0),
             filled: Notify::new(),
             ended: Cell::new(false),
         });
@@ -140,14 +138,14 @@ impl Here {
             return Err(StoreError::Overloaded);
         }
         self.waiting.set(waiting + count);
-        let mut rounds = self.rounds.borrow_mut();
-        if rounds.back().is_none_or(|last| last.commits.len() + count > ROUND_MAX) {
-            rounds.push_back(Round::with_room_for(self.usual.get()));
+        let mut gathered = self.gathered.borrow_mut();
+        if gathered.back().is_none_or(|last| last.round.commits.len() + count > ROUND_MAX) {
+            gathered.push_back(self.spare.borrow_mut().pop().unwrap_or_default());
             self.filled.notify_one();
         }
-        let round = rounds.back_mut().expect("there is one, or it was just added");
-        round.commits.extend(commits);
-        round.callers.push((count, answer));
+        let last = gathered.back_mut().expect("there is one, or it was just added");
+        last.round.commits.extend(commits);
+        last.callers.push((count, answer));
         Ok(())
     }
 
@@ -157,8 +155,9 @@ impl Here {
         loop {
             tokio::select! {
                 biased;
-                answers = first_answers(&mut in_flight) => {
-                    in_flight.pop_front().expect("the first one was answered").share_out(answers);
+                round = first_round(&mut in_flight) => {
+                    let first = in_flight.pop_front().expect("the first one was answered");
+                    self.keep(first.share_out(round));
                 }
                 () = self.filled.notified(), if in_flight.len() < IN_FLIGHT_MAX => {
                     // Those whose requests were read in the same turn come along.
@@ -166,7 +165,7 @@ impl Here {
                     self.hand_on_all(&mut in_flight);
                 }
             }
-            if self.ended.get() && in_flight.is_empty() && self.rounds.borrow().is_empty() {
+            if self.ended.get() && in_flight.is_empty() && self.gathered.borrow().is_empty() {
                 return;
             }
         }
@@ -174,13 +173,19 @@ impl Here {
 
     fn hand_on_all(&self, in_flight: &mut VecDeque<InFlight>) {
         self.waiting.set(0);
-        for Round { commits, callers } in self.rounds.take() {
-            self.usual.set(commits.len());
-            let (answer, answers) = oneshot::channel();
-            match send(&self.jobs, Job::Commit { commits, answer }) {
-                Ok(()) => in_flight.push_back(InFlight { callers, answers }),
+        for Gathered { round, callers } in self.gathered.take() {
+            let (to, answered) = oneshot::channel();
+            match send(&self.jobs, Job::Commit { round, asker: Asker::Thread(to) }) {
+                Ok(()) => in_flight.push_back(InFlight { callers, answered }),
                 Err(error) => refuse(callers, &error),
             }
+        }
+    }
+
+    fn keep(&self, spare: Option<Gathered>) {
+        let mut all = self.spare.borrow_mut();
+        if all.len() < IN_FLIGHT_MAX {
+            all.extend(spare);
         }
     }
 }
@@ -188,25 +193,28 @@ impl Here {
 /// A round that the writer has.
 struct InFlight {
     callers: Callers,
-    answers: oneshot::Receiver<Answers>,
+    answered: oneshot::Receiver<Round>,
 }
 
 impl InFlight {
-    /// `None`: the writer has ended without an answer, and leaves the callers without one too.
-    fn share_out(self, answers: Option<Answers>) {
-        let Some(answers) = answers else { return };
-        let mut answers = answers.into_iter();
-        for (count, caller) in self.callers {
+    /// What is left has room for another round. `None`: the writer has ended without an answer, and leaves the callers
+    /// without one too.
+    fn share_out(mut self, round: Option<Round>) -> Option<Gathered> {
+        let mut round = round?;
+        let mut answers = round.answers.drain(..);
+        for (count, caller) in self.callers.drain(..) {
             // Nobody may be waiting any more; what was committed stays so.
             let _ = caller.send(answers.by_ref().take(count).collect());
         }
+        drop(answers);
+        Some(Gathered { round, callers: self.callers })
     }
 }
 
 /// Waits as long as there is none in flight.
-async fn first_answers(in_flight: &mut VecDeque<InFlight>) -> Option<Answers> {
+async fn first_round(in_flight: &mut VecDeque<InFlight>) -> Option<Round> {
     match in_flight.front_mut() {
-        Some(first) => (&mut first.answers).await.ok(),
+        Some(first) => (&mut first.answered).await.ok(),
         None => pending().await,
     }
 }
@@ -244,6 +252,10 @@ mod tests {
         Ok(Committed::Done(Revision(n)))
     }
 
+    fn written(ns: &[u64]) -> Round {
+        Round { commits: Vec::new(), answers: ns.iter().copied().map(done).collect() }
+    }
+
     /// Each caller gets the answer to its one commit.
     async fn are_done(
         callers: impl IntoIterator<Item = oneshot::Receiver<Answers>>,
@@ -276,16 +288,16 @@ mod tests {
         }
 
         /// Takes the next job and what it carries.
-        async fn job(&mut self) -> (Vec<u64>, oneshot::Sender<Answers>) {
-            let Some(Job::Commit { commits, answer }) = self.jobs.recv().await else {
+        async fn job(&mut self) -> (Vec<u64>, Asker) {
+            let Some(Job::Commit { round, asker }) = self.jobs.recv().await else {
                 panic!("no commits came");
             };
-            (commits.iter().map(number).collect(), answer)
+            (round.commits.iter().map(number).collect(), asker)
         }
 
         async fn write_one(&mut self) -> Vec<u64> {
-            let (ns, answer) = self.job().await;
-            answer.send(ns.iter().copied().map(done).collect()).unwrap();
+            let (ns, asker) = self.job().await;
+            asker.answer(written(&ns));
             ns
         }
     }
@@ -313,12 +325,38 @@ mod tests {
         gatherer
             .around(async {
                 let first = bed.hand_in(&[1]);
-                let (ns, answer) = bed.job().await;
+                let (ns, asker) = bed.job().await;
                 let rest = [bed.hand_in(&[2]), bed.hand_in(&[3])];
                 assert_eq!(bed.write_one().await, [2, 3]);
-                answer.send(ns.into_iter().map(done).collect()).unwrap();
+                asker.answer(written(&ns));
                 assert_eq!(first.await.unwrap(), [done(1)]);
                 are_done(rest, 2..).await;
+            })
+            .await;
+    }
+
+    #[tokio::test]
+    async fn the_room_of_a_round_is_used_again() {
+        let mut bed = Bed::new(8);
+        let gatherer = bed.gatherer();
+        gatherer
+            .around(async {
+                let one = bed.hand_in(&[1]);
+                let Some(Job::Commit { mut round, asker }) = bed.jobs.recv().await else {
+                    panic!()
+                };
+                let room = round.commits.as_ptr();
+                round.commits.clear();
+                round.answers.push(done(1));
+                asker.answer(round);
+                assert_eq!(one.await.unwrap(), [done(1)]);
+
+                let two = bed.hand_in(&[2]);
+                let Some(Job::Commit { round, asker }) = bed.jobs.recv().await else { panic!() };
+                assert_eq!(round.commits.as_ptr(), room);
+                assert_eq!(round.answers, [], "what was answered is gone");
+                asker.answer(written(&[2]));
+                assert_eq!(two.await.unwrap(), [done(2)]);
             })
             .await;
     }
@@ -338,8 +376,8 @@ mod tests {
                 yield_now().await;
                 yield_now().await;
                 assert!(bed.jobs.try_recv().is_err(), "no more are in flight");
-                for (ns, answer) in jobs {
-                    answer.send(ns.into_iter().map(done).collect()).unwrap();
+                for (ns, asker) in jobs {
+                    asker.answer(written(&ns));
                 }
                 assert_eq!(bed.write_one().await, [10, 11]);
                 are_done(rest, 10..).await;
@@ -386,10 +424,10 @@ mod tests {
             hand_in(&sender, commits(&[1]), answer).unwrap();
         });
         let writing = async {
-            let (ns, answer) = bed.job().await;
+            let (ns, asker) = bed.job().await;
             assert_eq!(ns, [1]);
             // From here on the thread has ended, save for this.
-            answer.send(vec![done(1)]).unwrap();
+            asker.answer(written(&ns));
         };
         tokio::join!(serving, writing);
         let _straight = bed.hand_in(&[2]);
@@ -403,10 +441,10 @@ mod tests {
         gatherer
             .around(async {
                 let in_flight = bed.hand_in(&[1]);
-                let (_, answer) = bed.job().await;
+                let (_, asker) = bed.job().await;
                 let gathered = bed.hand_in(&[2]);
                 bed.jobs.close();
-                drop(answer);
+                drop(asker);
                 assert!(in_flight.await.is_err());
                 assert_eq!(gathered.await.unwrap(), [Err(StoreError::Unavailable)]);
             })
@@ -420,7 +458,8 @@ mod tests {
         gatherer
             .around(async {
                 let (answer, _) = oneshot::channel();
-                bed.sender.try_send(Job::Commit { commits: Vec::new(), answer }).unwrap();
+                let asker = Asker::Caller(answer);
+                bed.sender.try_send(Job::Commit { round: Round::default(), asker }).unwrap();
                 let refused = bed.hand_in(&[1, 2]);
                 let overloaded = || Err(StoreError::Overloaded);
                 assert_eq!(refused.await.unwrap(), [overloaded(), overloaded()]);

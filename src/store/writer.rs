@@ -47,8 +47,8 @@ const MARKS_EVERY: Duration = Duration::from_secs(1);
 
 pub enum Job {
     Commit {
-        commits: Vec<Commit>,
-        answer: oneshot::Sender<Answers>,
+        round: Round,
+        asker: Asker,
     },
     /// Retention is about to look at payments: from here on it is noted which ones change.
     Watch {
@@ -79,10 +79,41 @@ pub enum Job {
     },
 }
 
+/// Commits on their way here, and answers on their way back, one each.
+#[derive(Debug, Default)]
+pub struct Round {
+    pub commits: Vec<Commit>,
+    pub answers: Answers,
+}
+
+impl Round {
+    pub fn of(commits: Vec<Commit>) -> Self {
+        Self { commits, answers: Answers::new() }
+    }
+}
+
+/// Who is told what came of a round.
+pub enum Asker {
+    Caller(oneshot::Sender<Answers>),
+    /// One that makes rounds all the time, and takes the room of this one for another: what is allocated on one thread
+    /// and freed on another is fetched from the system anew each time.
+    Thread(oneshot::Sender<Round>),
+}
+
+impl Asker {
+    pub fn answer(self, round: Round) {
+        // Nobody may be waiting any more; what was committed stays so.
+        match self {
+            Self::Caller(to) => drop(to.send(round.answers)),
+            Self::Thread(to) => drop(to.send(round)),
+        }
+    }
+}
+
 impl Job {
     fn commits(&self) -> usize {
         match self {
-            Self::Commit { commits, .. } => commits.len(),
+            Self::Commit { round, .. } => round.commits.len(),
             Self::Pass { judged, .. } => judged.kept.len(),
             Self::Lapse { keys, .. } => keys.len(),
             Self::Watch { .. } | Self::Load { .. } | Self::Marks | Self::Close { .. } => 0,
@@ -123,7 +154,7 @@ pub struct Writer {
     watched: Option<FxHashSet<PaymentId>>,
 }
 
-type Waiting = Vec<(oneshot::Sender<Answers>, Answers)>;
+type Waiting = Vec<(Asker, Round)>;
 
 impl Writer {
     pub fn new(shared: Arc<Shared>, jobs: mpsc::Receiver<Job>, marks: Marks) -> Self {
@@ -170,9 +201,10 @@ impl Writer {
         let mut close = None;
         for job in jobs {
             match job {
-                Job::Commit { commits, answer } => {
-                    let answers = commits.into_iter().map(|c| self.stage(&mut stage, c)).collect();
-                    waiting.push((answer, answers));
+                Job::Commit { mut round, asker } => {
+                    let Round { commits, answers } = &mut round;
+                    answers.extend(commits.drain(..).map(|c| self.stage(&mut stage, c)));
+                    waiting.push((asker, round));
                 }
                 Job::Watch { answer } => {
                     self.watched = Some(FxHashSet::default());
@@ -470,9 +502,8 @@ fn key_of(change: Option<&Change>, reply: Option<&Reply>) -> Option<(Idempotency
 }
 
 fn answer(waiting: Waiting) {
-    for (to, answers) in waiting {
-        // Nobody may be waiting any more; what was committed stays so.
-        let _ = to.send(answers);
+    for (asker, round) in waiting {
+        asker.answer(round);
     }
 }
 
