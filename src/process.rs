@@ -30,7 +30,7 @@ pub fn raise_descriptor_limit() {
 pub fn refuse_huge_pages() {
     #[cfg(target_os = "linux")]
     if let Err(error) = rustix::thread::disable_transparent_huge_pages(true) {
-        tracing::debug!(%error, "huge pages stay");
+        tracing::warn!(%error, "huge pages stay: calls may wait for them");
     }
 }
 

@@ -1,4 +1,4 @@
-//! What both binaries begin with: settings → logs → descriptors → work.
+//! What both binaries begin with: settings → logs → descriptors, pages → work.
 
 use std::{fmt::Display, process::ExitCode};
 

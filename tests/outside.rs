@@ -633,3 +633,17 @@ async fn it_may_open_as_many_files_as_the_system_allows() {
     assert_eq!((soft, hard), ("5000", "5000"));
     service.kill();
 }
+
+#[cfg(target_os = "linux")]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn it_has_small_pages_alone() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut service = Launch::new(folder.path()).start();
+    service.ready(READY_WITHIN).await.unwrap();
+    let status = fs::read_to_string(format!("/proc/{}/status", service.id())).unwrap();
+    // Kernels before 5.0 do not say.
+    if let Some(line) = status.lines().find(|line| line.starts_with("THP_enabled:")) {
+        assert_eq!(line.split_whitespace().last(), Some("0"));
+    }
+    service.kill();
+}

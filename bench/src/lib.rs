@@ -48,9 +48,9 @@ pub fn check_arguments(known: &[&str]) -> Result<(), String> {
     Ok(())
 }
 
-/// How a benchmark ends: 0 when what is asked was reached, 1 when not, 2 when it could not be measured.
-pub fn exit_code(result: Result<bool, String>) -> ExitCode {
-    match result {
+/// A benchmark from its begin to its end: 0 when what is asked was reached, 1 when not, 2 when it could not be measured.
+pub fn benchmark(run: impl FnOnce() -> Result<bool, String>) -> ExitCode {
+    match run() {
         Ok(true) => ExitCode::SUCCESS,
         Ok(false) => ExitCode::FAILURE,
         Err(problem) => {

@@ -201,9 +201,10 @@ impl InFlight {
     /// without one too.
     fn share_out(mut self, round: Option<Round>) -> Option<Gathered> {
         let mut round = round?;
+        round.commits.clear();
         let mut answers = round.answers.drain(..);
         for (count, caller) in self.callers.drain(..) {
-            // Nobody may be waiting any more; what was committed stays so.
+            // As in `Asker::answer`.
             let _ = caller.send(answers.by_ref().take(count).collect());
         }
         drop(answers);
@@ -337,6 +338,7 @@ mod tests {
 
     #[tokio::test]
     async fn the_room_of_a_round_is_used_again() {
+        const ROOM: usize = 1_000;
         let mut bed = Bed::new(8);
         let gatherer = bed.gatherer();
         gatherer
@@ -345,16 +347,17 @@ mod tests {
                 let Some(Job::Commit { mut round, asker }) = bed.jobs.recv().await else {
                     panic!()
                 };
-                let room = round.commits.as_ptr();
-                round.commits.clear();
+                round.commits.reserve(ROOM);
+                round.answers.reserve(ROOM);
                 round.answers.push(done(1));
                 asker.answer(round);
                 assert_eq!(one.await.unwrap(), [done(1)]);
 
                 let two = bed.hand_in(&[2]);
                 let Some(Job::Commit { round, asker }) = bed.jobs.recv().await else { panic!() };
-                assert_eq!(round.commits.as_ptr(), room);
+                assert_eq!(round.commits.iter().map(number).collect::<Vec<_>>(), [2]);
                 assert_eq!(round.answers, [], "what was answered is gone");
+                assert!(round.commits.capacity() >= ROOM && round.answers.capacity() >= ROOM);
                 asker.answer(written(&[2]));
                 assert_eq!(two.await.unwrap(), [done(2)]);
             })

@@ -3,6 +3,7 @@
 mod grouped;
 mod hashed;
 mod key;
+mod parts;
 mod sorted;
 
 use std::{
@@ -14,11 +15,22 @@ use self::{grouped::Grouped, hashed::Hashed, key::Key, sorted::Sorted};
 use super::{
     horizon::Horizon,
     record,
-    tables::{self, Batch, DROPPED, Span, Table, Tables, TablesError, Visit},
+    tables::{Batch, DROPPED, Rows, Span, Table, Tables, TablesError, Visit},
 };
 
-/// A table, kept in the way in which it is used.
-trait Rows: Send + Sync {
+/// Rows that are worked on without letting others in between.
+const AT_A_TIME: usize = 1_000;
+
+pub struct Memory(RwLock<[Box<dyn Kind>; Table::ALL.len()]>);
+
+impl Default for Memory {
+    fn default() -> Self {
+        Self(RwLock::new(Table::ALL.map(of_its_kind)))
+    }
+}
+
+/// A table, of the kind that it is used by.
+trait Kind: Send + Sync {
     fn get(&self, key: &Key) -> Option<&[u8]>;
 
     fn put(&mut self, key: Key, value: &[u8]);
@@ -35,7 +47,7 @@ trait Rows: Send + Sync {
 /// Of a row with this key and value.
 type IsGone<'a> = &'a dyn Fn(&[u8], &[u8]) -> bool;
 
-fn rows(table: Table) -> Box<dyn Rows> {
+fn of_its_kind(table: Table) -> Box<dyn Kind> {
     match table {
         Table::Key | Table::Reply => Box::<Hashed>::default(),
         Table::Index => Box::<Grouped>::default(),
@@ -47,14 +59,6 @@ fn rows(table: Table) -> Box<dyn Rows> {
         | Table::Counter
         | Table::Meta
         | Table::Kept => Box::<Sorted>::default(),
-    }
-}
-
-pub struct Memory(RwLock<[Box<dyn Rows>; Table::ALL.len()]>);
-
-impl Default for Memory {
-    fn default() -> Self {
-        Self(RwLock::new(Table::ALL.map(rows)))
     }
 }
 
@@ -90,7 +94,7 @@ impl Tables for Memory {
         Ok(())
     }
 
-    fn ingest(&self, table: Table, rows: tables::Rows<'_>) -> Result<(), TablesError> {
+    fn ingest(&self, table: Table, rows: Rows<'_>) -> Result<(), TablesError> {
         // Hardly any: what disks bring in later is written at once here.
         let mut all = self.0.write().unwrap_or_else(PoisonError::into_inner);
         for (key, value) in rows {
@@ -156,82 +160,119 @@ fn visit_all<'a>(
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeMap;
+
     use super::*;
 
-    /// Ids as they come, newest first in the tables, out of order, and of names that share their first bits.
-    const KEYS: [[u8; 24]; 6] = {
-        let mut keys = [[7; 24]; 6];
-        keys[0][23] = 3;
-        keys[1][23] = 2;
-        keys[2][23] = 4;
-        keys[3][7] = 8;
-        keys[4][0] = 200;
-        keys[5][0] = 1;
-        keys
-    };
+    /// As lists have them: three names, two of which share their first bits, and ids as they come, not quite in order.
+    fn keys(ids: &[u16]) -> Vec<[u8; 24]> {
+        let names = [[7, 0, 0, 0, 0, 0, 0, 1], [7, 0, 0, 0, 0, 0, 0, 2], [200; 8]];
+        let key = |name: [u8; 8], id: u16| {
+            let mut key = [9; 24];
+            key[..8].copy_from_slice(&name);
+            key[22..].copy_from_slice(&id.to_be_bytes());
+            key
+        };
+        ids.iter().flat_map(|id| names.map(|name| key(name, *id))).collect()
+    }
 
-    fn kinds() -> [Box<dyn Rows>; 3] {
+    fn id(key: &[u8]) -> u16 {
+        u16::from_be_bytes(key[22..].try_into().unwrap())
+    }
+
+    fn kinds() -> [Box<dyn Kind>; 3] {
         [Box::<Sorted>::default(), Box::<Hashed>::default(), Box::<Grouped>::default()]
     }
 
-    fn keys_in(
-        rows: &dyn Rows,
-        from: Bound<&[u8]>,
-        to: Bound<&[u8]>,
+    /// The first keys of a range, from whichever end.
+    fn seen(
+        rows: &dyn Kind,
+        (from, to): (Bound<&[u8]>, Bound<&[u8]>),
         backwards: bool,
-    ) -> Vec<[u8; 24]> {
+        at_most: usize,
+    ) -> Vec<Vec<u8>> {
         let mut seen = Vec::new();
         rows.scan((from.map(Key::new), to.map(Key::new)), backwards, &mut |key, _| {
-            seen.push(key.try_into().unwrap());
-            ControlFlow::Continue(())
+            seen.push(key.to_vec());
+            if seen.len() == at_most { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
         });
         seen
     }
 
+    fn drop_all(rows: &mut dyn Kind, is_gone: impl Fn(&[u8]) -> bool) -> usize {
+        let (mut next, mut calls) = (Some(Bound::Unbounded), 0);
+        while let Some(from) = next {
+            next = rows.drop_some(from, &|key, _| is_gone(key));
+            calls += 1;
+        }
+        calls
+    }
+
     #[test]
-    fn whatever_the_kind_rows_are_sorted_found_and_removed_alike() {
-        let mut sorted = KEYS;
-        sorted.sort_unstable();
+    fn whatever_the_kind_a_range_is_what_a_sorted_map_says_it_is() {
+        let stored = keys(&[8, 6, 7, 4, 2, 4]);
+        let model: BTreeMap<_, _> = stored.iter().map(|key| (key.to_vec(), ())).collect();
+        // Some are there, some are not, some are shorter.
+        let ends = keys(&[2, 3, 7, 9]).into_iter().map(|key| key.to_vec());
+        let ends: Vec<_> = ends.chain([vec![7], vec![200; 8], vec![255; 24]]).collect();
+        let of_ends = ends.iter().map(Vec::as_slice);
+        let included = of_ends.clone().map(Bound::Included);
+        let bounds: Vec<_> =
+            included.chain(of_ends.map(Bound::Excluded)).chain([Bound::Unbounded]).collect();
         for mut rows in kinds() {
-            for key in KEYS.iter().chain(&KEYS[..2]) {
-                rows.put(Key::new(key), &[]);
-            }
-            let all = |rows: &dyn Rows| keys_in(rows, Bound::Unbounded, Bound::Unbounded, false);
-            assert_eq!(all(&*rows), sorted);
-            let within = |from, to| keys_in(&*rows, from, to, true);
-            for n in 0..sorted.len() {
-                for m in n..sorted.len() {
-                    let mut expected = sorted[n..=m].to_vec();
-                    expected.reverse();
-                    let bounds = (Bound::Included(&sorted[n][..]), Bound::Included(&sorted[m][..]));
-                    assert_eq!(within(bounds.0, bounds.1), expected);
-                    if n < m {
-                        let without = Bound::Excluded(&sorted[n][..]);
-                        assert_eq!(within(without, bounds.1), expected[..expected.len() - 1]);
-                        let without = Bound::Excluded(&sorted[m][..]);
-                        assert_eq!(within(bounds.0, without), expected[1..]);
+            stored.iter().for_each(|key| rows.put(Key::new(key), &[]));
+            for from in &bounds {
+                for to in &bounds {
+                    let owned = |bound: Bound<&[u8]>| bound.map(<[u8]>::to_vec);
+                    if is_empty(&Span::forwards(owned(*from), owned(*to))) {
+                        continue;
+                    }
+                    for (backwards, at_most) in [(false, 100), (true, 100), (false, 4), (true, 4)] {
+                        let range =
+                            model.range::<[u8], _>((*from, *to)).map(|(key, ())| key.clone());
+                        let expected: Vec<_> = match backwards {
+                            true => range.rev().take(at_most).collect(),
+                            false => range.take(at_most).collect(),
+                        };
+                        assert_eq!(seen(&*rows, (*from, *to), backwards, at_most), expected);
                     }
                 }
             }
-            assert_eq!(rows.get(&Key::new(&KEYS[2])), Some(&[][..]));
-            rows.remove(&Key::new(&KEYS[2]));
-            assert_eq!(rows.get(&Key::new(&KEYS[2])), None);
-            assert_eq!(all(&*rows).len(), 5);
         }
     }
 
     #[test]
-    fn whatever_the_kind_what_is_gone_is_dropped_and_the_rest_stays() {
+    fn whatever_the_kind_a_row_is_found_until_it_is_removed() {
         for mut rows in kinds() {
-            for key in KEYS {
-                rows.put(Key::new(&key), &[]);
-            }
-            let mut next = Some(Bound::Unbounded);
-            while let Some(from) = next {
-                next = rows.drop_some(from, &|key, _| key[23] != 2 && key[0] != 1);
-            }
-            let left = keys_in(&*rows, Bound::Unbounded, Bound::Unbounded, false);
-            assert_eq!(left, [KEYS[5], KEYS[1]]);
+            let stored = keys(&[5, 6]);
+            stored.iter().for_each(|key| rows.put(Key::new(key), &[]));
+            assert_eq!(rows.get(&Key::new(&stored[4])), Some(&[][..]));
+            rows.remove(&Key::new(&stored[4]));
+            rows.remove(&Key::new(&keys(&[7])[0]));
+            assert_eq!(rows.get(&Key::new(&stored[4])), None);
+            assert_eq!(rows.get(&Key::new(&stored[1])), Some(&[][..]));
+        }
+        for mut rows in kinds().into_iter().take(2) {
+            rows.put(Key::new(b"key"), b"before");
+            rows.put(Key::new(b"key"), b"after");
+            assert_eq!(rows.get(&Key::new(b"key")), Some(&b"after"[..]));
+        }
+    }
+
+    #[test]
+    fn whatever_the_kind_all_that_is_gone_is_dropped_and_the_rest_stays() {
+        let ids: Vec<u16> = (0..3_000).rev().collect();
+        // One of those that go stays, as a payment does that still owes something.
+        let is_gone = |key: &[u8]| id(key) >= 500 && id(key) != 2_800;
+        for (mut rows, calls_at_least) in kinds().into_iter().zip([9, 1, 3]) {
+            keys(&ids).iter().for_each(|key| rows.put(Key::new(key), &[]));
+            let calls = drop_all(&mut *rows, is_gone);
+            assert!(calls >= calls_at_least, "others have their turn in between");
+            let left = seen(&*rows, (Bound::Unbounded, Bound::Unbounded), false, usize::MAX);
+            let mut expected = keys(&ids);
+            expected.retain(|key| !is_gone(key));
+            expected.sort_unstable();
+            assert_eq!(left, expected);
         }
     }
 }

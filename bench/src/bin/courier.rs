@@ -16,7 +16,7 @@ use std::{
 };
 
 use bench::{
-    argument, check_arguments, exit_code,
+    argument, benchmark, check_arguments,
     figure::{self, Spread},
     gauge::process_cpu_us,
     on_a_runtime,
@@ -42,6 +42,7 @@ use payment_sim::{
     egress::{AllowedNetworks, Policy},
     metrics::Metrics,
     outbox::{Finisher, Policies, RETRIES, Shared, WebhookLimits, Webhooks},
+    process,
     store::{self, Change, Commit, Location, Options, Retention, Store, Work},
 };
 use serde_json::{Value, json};
@@ -57,7 +58,9 @@ const WARM_UP: Duration = Duration::from_secs(1);
 const CREATES_AT_A_TIME: usize = 1_000;
 
 fn main() -> ExitCode {
-    exit_code(run())
+    // As the service does, parts of which run in this process.
+    process::refuse_huge_pages();
+    benchmark(run)
 }
 
 fn run() -> Result<bool, String> {

@@ -6,7 +6,7 @@
 use std::process::ExitCode;
 
 use bench::{
-    argument, check_arguments, echo, exit_code,
+    argument, benchmark, check_arguments, echo,
     load::{Kind, Load},
     pairs::Pairs,
     subject::Subject,
@@ -16,7 +16,7 @@ use bench::{
 const IN_MEMORY: [(&str, &str); 2] = [("STORE_URL", "memory:"), ("RETENTION_MAX_PAYMENTS", "0")];
 
 fn main() -> ExitCode {
-    exit_code(run())
+    benchmark(run)
 }
 
 fn run() -> Result<bool, String> {

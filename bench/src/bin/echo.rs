@@ -1,5 +1,5 @@
 //! The yardstick: the payment service's messages on tonic's own transport at its defaults, with nothing
-//! behind them. Allocator, link-time optimisation, TCP_NODELAY and the layout (a single-threaded runtime
+//! behind them. Allocator, small pages, link-time optimisation, TCP_NODELAY and the layout (a single-threaded runtime
 //! and a listener for each core) are the service's.
 //!
 //! `create=FILE get=FILE threads=CORES`: the replies, as bytes of the protocol. Prints its address.
@@ -11,13 +11,13 @@ use std::{
     thread,
 };
 
-use bench::{argument, check_arguments, on_a_runtime};
+use bench::{argument, benchmark, check_arguments, on_a_runtime};
 use payment_sim::{
     api::pb::payment::v1::{
         self as pb,
         payment_service_server::{PaymentService, PaymentServiceServer},
     },
-    server,
+    process, server,
 };
 use prost::Message;
 use tonic::{
@@ -26,13 +26,8 @@ use tonic::{
 };
 
 fn main() -> ExitCode {
-    match run() {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(problem) => {
-            eprintln!("{problem}");
-            ExitCode::from(2)
-        }
-    }
+    process::refuse_huge_pages();
+    benchmark(|| run().map(|()| true))
 }
 
 fn run() -> Result<(), String> {

@@ -12,7 +12,7 @@ use std::{
 };
 
 use bench::{
-    argument, check_arguments,
+    argument, benchmark, check_arguments,
     client::Client,
     filling::Filling,
     gauge::{disk_bytes, quantile},
@@ -39,14 +39,7 @@ const READS_AT_A_TIME: usize = 50;
 const LISTS: u64 = 5;
 
 fn main() -> ExitCode {
-    match run() {
-        Ok(true) => ExitCode::SUCCESS,
-        Ok(false) => ExitCode::FAILURE,
-        Err(problem) => {
-            eprintln!("{problem}");
-            ExitCode::from(2)
-        }
-    }
+    benchmark(run)
 }
 
 fn run() -> Result<bool, String> {

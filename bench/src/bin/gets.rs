@@ -7,7 +7,7 @@
 use std::{path::PathBuf, process::ExitCode};
 
 use bench::{
-    argument, check_arguments, echo, exit_code,
+    argument, benchmark, check_arguments, echo,
     filling::Filling,
     load::{Kind, Load},
     on_a_runtime,
@@ -16,7 +16,7 @@ use bench::{
 };
 
 fn main() -> ExitCode {
-    exit_code(run())
+    benchmark(run)
 }
 
 fn run() -> Result<bool, String> {

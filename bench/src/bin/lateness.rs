@@ -7,9 +7,9 @@
 use std::{process::ExitCode, thread, time::Duration};
 
 use bench::{
-    argument, check_arguments,
+    argument, benchmark, check_arguments,
     client::Client,
-    exit_code, figure,
+    figure,
     gauge::quantile,
     load::{Kind, Life, Load},
     on_a_runtime,
@@ -40,7 +40,7 @@ const LOOKED_AT_FROM_MS: i64 = 50;
 const LOOK_EVERY: Duration = Duration::from_millis(1);
 
 fn main() -> ExitCode {
-    exit_code(run())
+    benchmark(run)
 }
 
 fn run() -> Result<bool, String> {

@@ -7,7 +7,7 @@
 use std::{process::ExitCode, time::Duration};
 
 use bench::{
-    argument, check_arguments, echo, exit_code,
+    argument, benchmark, check_arguments, echo,
     figure::{self, Spread},
     load::{Kind, Load, Report, page},
     pairs::Round,
@@ -28,7 +28,7 @@ const PROBE: Duration = Duration::from_secs(5);
 const STREAMS: usize = 40;
 
 fn main() -> ExitCode {
-    exit_code(run())
+    benchmark(run)
 }
 
 fn run() -> Result<bool, String> {

@@ -15,7 +15,7 @@ use std::{
 };
 
 use bench::{
-    argument, check_arguments,
+    argument, benchmark, check_arguments,
     filling::put,
     gauge::{cpu_us, disk_bytes, memory_mib, quantile, written_bytes},
     payments::{Maker, created, delivered},
@@ -23,6 +23,7 @@ use bench::{
 use payment_sim::{
     clock::{Clock, Stopwatch, SystemClock},
     domain::time::Timestamp,
+    process,
     store::{
         self, Change, Commit, Committed, Embedded, Lease, Location, Options, Retention, Store,
         StoreError, Work,
@@ -46,14 +47,9 @@ const RESTING_US: f64 = 20_000.0;
 const LATE: Duration = Duration::from_secs(1);
 
 fn main() -> ExitCode {
-    match run() {
-        Ok(true) => ExitCode::SUCCESS,
-        Ok(false) => ExitCode::FAILURE,
-        Err(problem) => {
-            eprintln!("{problem}");
-            ExitCode::from(2)
-        }
-    }
+    // As the service does, parts of which run in this process.
+    process::refuse_huge_pages();
+    benchmark(run)
 }
 
 /// What was seen while it ran.

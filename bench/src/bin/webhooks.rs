@@ -19,7 +19,7 @@ use std::{
 };
 
 use bench::{
-    argument, check_arguments,
+    argument, benchmark, check_arguments,
     client::Client,
     gauge::quantile,
     receiver::{Arrivals, Receiver},
@@ -51,13 +51,7 @@ const BURST_DELAY_MS: u64 = 5_000;
 const BURST_AT_A_TIME: usize = 128;
 
 fn main() -> ExitCode {
-    match run() {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(problem) => {
-            eprintln!("{problem}");
-            ExitCode::from(2)
-        }
-    }
+    benchmark(|| run().map(|()| true))
 }
 
 struct Load {

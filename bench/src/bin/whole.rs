@@ -15,7 +15,7 @@ use std::{
 };
 
 use bench::{
-    argument, check_arguments, exit_code,
+    argument, benchmark, check_arguments,
     figure::{self, Spread},
     gauge::process_cpu_us,
     load::{Kind, Life, Load, Report},
@@ -38,7 +38,7 @@ const PATIENCE: Duration = Duration::from_secs(60);
 const DECIDED_AFTER: Duration = Duration::from_millis(500);
 
 fn main() -> ExitCode {
-    exit_code(run())
+    benchmark(run)
 }
 
 fn run() -> Result<bool, String> {

@@ -1,3 +1,5 @@
+//! Keys of rows, as numbers.
+
 /// Keys are short, and lie where they are looked for, instead of behind a pointer each. Their bytes make numbers, with
 /// zeros for what is missing: so they are sorted as the bytes are, and of two that differ in nothing else the shorter
 /// one comes first.

@@ -2,15 +2,12 @@
 
 use std::{collections::BTreeMap, ops::Bound};
 
-use super::{IsGone, Key, Rows, Visit, visit_all};
-
-/// Rows that are looked at in one go before they are dropped.
-const AT_A_TIME: usize = 1_000;
+use super::{AT_A_TIME, IsGone, Key, Kind, Visit, visit_all};
 
 #[derive(Default)]
 pub struct Sorted(BTreeMap<Key, Box<[u8]>>);
 
-impl Rows for Sorted {
+impl Kind for Sorted {
     fn get(&self, key: &Key) -> Option<&[u8]> {
         self.0.get(key).map(AsRef::as_ref)
     }
