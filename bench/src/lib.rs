@@ -48,7 +48,7 @@ pub fn check_arguments(known: &[&str]) -> Result<(), String> {
     Ok(())
 }
 
-/// A benchmark from its begin to its end: 0 when what is asked was reached, 1 when not, 2 when it could not be measured.
+/// Runs a benchmark and says how it went: 0 when what is asked was reached, 1 when not, 2 when it could not be measured.
 pub fn benchmark(run: impl FnOnce() -> Result<bool, String>) -> ExitCode {
     match run() {
         Ok(true) => ExitCode::SUCCESS,
