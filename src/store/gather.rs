@@ -201,6 +201,7 @@ impl InFlight {
     /// without one too.
     fn share_out(mut self, round: Option<Round>) -> Option<Gathered> {
         let mut round = round?;
+        // The writer has taken them; what it left would be handed in once more.
         round.commits.clear();
         let mut answers = round.answers.drain(..);
         for (count, caller) in self.callers.drain(..) {
