@@ -23,11 +23,12 @@ use rustls::ClientConfig;
 use tokio::net::TcpStream;
 use tower::{Service, ServiceExt};
 
-use super::connection::Disposable;
+use super::connection::{Disposable, Life};
 use crate::egress::Policy;
 
 /// From the look-up to the end of the TLS handshake. A receiver that takes longer is down or far too busy.
 pub const CONNECT_MAX: Duration = Duration::from_secs(3);
+const AGE_MAX: Duration = Duration::from_secs(60);
 
 pub type BoxError = Box<dyn Error + Send + Sync>;
 type Connecting<T> = Pin<Box<dyn Future<Output = Result<T, BoxError>> + Send>>;
@@ -85,11 +86,12 @@ where
 
     fn call(&mut self, to: Uri) -> Self::Future {
         let connecting = self.inner.call(to);
-        let (connect_max, attempt_max) = (self.connect_max, self.attempt_max);
+        let connect_max = self.connect_max;
+        let life = Life { age_max: AGE_MAX, grace: self.attempt_max };
         Box::pin(async move {
             let in_time = tokio::time::timeout(connect_max, connecting).await;
             let stream = in_time.map_err(|_elapsed| ConnectTimeout(connect_max))??;
-            Ok(Disposable::new(stream, attempt_max))
+            Ok(Disposable::new(stream, life))
         })
     }
 }

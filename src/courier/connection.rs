@@ -23,12 +23,19 @@ use tokio::time::Sleep;
 
 use crate::clock::Stopwatch;
 
-/// Whoever looks at a connection older than this gives it up: a receiver that moves is found again.
-const AGE_MAX: Duration = Duration::from_secs(60);
+/// How long a connection serves.
+#[derive(Clone, Copy)]
+pub struct Life {
+    /// Whoever looks at a connection older than this gives it up: a receiver that moves is found again.
+    pub age_max: Duration,
+    /// How long what is under way may take when the connection is given up.
+    pub grace: Duration,
+}
 
 /// What an attempt knows of the connection that it took.
 struct Handle {
     age: Stopwatch,
+    age_max: Duration,
     given_up: AtomicBool,
     /// Of whoever moves the connection.
     mover: AtomicWaker,
@@ -41,7 +48,7 @@ pub fn after_use(taken: &CaptureConnection, timed_out: bool) {
     let mut extras = Extensions::new();
     connected.get_extras(&mut extras);
     let Some(handle) = extras.get::<Arc<Handle>>() else { return };
-    if timed_out || handle.age.elapsed() > AGE_MAX {
+    if timed_out || handle.age.elapsed() > handle.age_max {
         connected.poison();
         handle.given_up.store(true, Ordering::Release);
         handle.mover.wake();
@@ -51,16 +58,15 @@ pub fn after_use(taken: &CaptureConnection, timed_out: bool) {
 pub struct Disposable<T> {
     stream: T,
     handle: Arc<Handle>,
-    /// How long what is under way may take when the connection is given up.
     grace: Duration,
     /// Set when it is.
     end: Option<Pin<Box<Sleep>>>,
 }
 
 impl<T> Disposable<T> {
-    pub fn new(stream: T, grace: Duration) -> Self {
+    pub fn new(stream: T, Life { age_max, grace }: Life) -> Self {
         let (age, given_up) = (Stopwatch::start(), AtomicBool::new(false));
-        let handle = Arc::new(Handle { age, given_up, mover: AtomicWaker::new() });
+        let handle = Arc::new(Handle { age, age_max, given_up, mover: AtomicWaker::new() });
         Self { stream, handle, grace, end: None }
     }
 }

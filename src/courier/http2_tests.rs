@@ -20,7 +20,7 @@ use tokio::{net::TcpStream, sync::mpsc, task::JoinSet};
 
 use super::{
     Courier,
-    connection::Disposable,
+    connection::{Disposable, Life},
     receiver::{DEADLINE, NOW, parcel},
     tls,
     webhook::WebhookCourier,
@@ -189,12 +189,13 @@ fn serve(
 fn courier_to(addr: SocketAddr, timeout: Duration) -> (impl Courier + use<>, Arc<AtomicUsize>) {
     let read = Arc::new(AtomicUsize::new(0));
     let counter = Arc::clone(&read);
+    let life = Life { age_max: DEADLINE, grace: timeout };
     let connect = tower::service_fn(move |_: http::Uri| {
         let read = Arc::clone(&counter);
         Box::pin(async move {
             let stream = TcpStream::connect(addr).await?;
             let counted = Counted { stream, read, is_http2: true };
-            io::Result::Ok(Disposable::new(TokioIo::new(counted), timeout))
+            io::Result::Ok(Disposable::new(TokioIo::new(counted), life))
         })
     });
     (WebhookCourier::with_connector(connect, settings(timeout)), read)

@@ -27,6 +27,7 @@ use tokio::{
 use super::{
     Courier, Parcel,
     connect::{ConnectSettings, Connector, connector},
+    connection::{Disposable, Life},
     receiver::{Answer, DEADLINE, NOW, Receiver, Seen, deaf_port, parcel},
     tls,
     webhook::{Origin, WebhookCourier, WebhookSettings, origin},
@@ -271,6 +272,31 @@ async fn no_answer_in_time_is_a_timeout_and_the_connection_is_given_up() {
     tokio::time::timeout(DEADLINE, receiver.cut.recv()).await.unwrap().unwrap();
     attempt(&courier(), parcel(1, Some(&receiver.url()))).await;
     assert_eq!(receiver.next().await.connection, 2);
+}
+
+#[tokio::test]
+async fn a_connection_that_is_old_is_given_up_by_one_attempt_in_sixteen() {
+    let mut receiver = Receiver::always(EMPTY_OK).await;
+    let addr = receiver.addr;
+    // Old as soon as it is there.
+    let life = Life { age_max: Duration::ZERO, grace: DEADLINE };
+    let connect = tower::service_fn(move |_: http::Uri| {
+        Box::pin(async move {
+            let stream = TcpStream::connect(addr).await?;
+            io::Result::Ok(Disposable::new(TokioIo::new(stream), life))
+        })
+    });
+    let courier = WebhookCourier::with_connector(connect, settings(DEADLINE));
+    let mut expected = 0;
+    for n in 1..=100 {
+        attempt(&courier, parcel(n, Some(&receiver.url()))).await;
+        let seen = receiver.next().await;
+        assert_eq!(seen.connection, expected, "request {n}");
+        if seen.headers["x-webhook-signature"].as_bytes().ends_with(b"0") {
+            expected += 1;
+        }
+    }
+    assert!((1..50).contains(&expected), "{expected} of 100");
 }
 
 /// Counts what is read from the socket.
