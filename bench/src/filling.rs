@@ -29,15 +29,27 @@ pub struct Filling {
     since_ms: i64,
 }
 
+/// How the settled ones are.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Settled {
+    /// Each has had its webhook: it has changed since it was created.
+    Told,
+    /// As the load creates them: settled from the start, with nobody to be told.
+    Bare,
+}
+
 impl Filling {
     /// Fills the folder unless that was done before.
     ///
     /// # Errors
     /// Where the folder holds something else, or the store does not take them.
-    pub async fn fill(dir: &Path, payments: u64, owed: u64) -> Result<Self, String> {
+    pub async fn fill(dir: &Path, payments: u64, owed: u64, how: Settled) -> Result<Self, String> {
         let note = dir.join("filled");
         let settled = payments.checked_sub(owed).ok_or("more are owed than stored")?;
-        let text = format!("{settled} {owed}");
+        let text = match how {
+            Settled::Told => format!("{settled} {owed}"),
+            Settled::Bare => format!("{settled} bare {owed}"),
+        };
         if let Ok(found) = fs::read_to_string(&note) {
             let since_ms = found.strip_prefix(&text).and_then(|ms| ms.trim().parse().ok());
             let since_ms =
@@ -49,7 +61,7 @@ impl Filling {
         let since_ms = SystemClock.now_ms() - SPREAD_MS.cast_signed();
         let filling = Self { settled, owed, since_ms };
         let took = Stopwatch::start();
-        filling.store(dir).await?;
+        filling.store(dir, how).await?;
         println!("stored {payments} payments in {:.0} s", took.elapsed().as_secs_f64());
         fs::write(&note, format!("{text} {since_ms}\n")).map_err(|error| error.to_string())?;
         Ok(filling)
@@ -64,7 +76,7 @@ impl Filling {
         payments::id(n, self.made_at(n))
     }
 
-    async fn store(&self, dir: &Path) -> Result<(), String> {
+    async fn store(&self, dir: &Path, how: Settled) -> Result<(), String> {
         let day = Duration::from_secs(86_400);
         let options = Options {
             retention: Retention { payments: 7 * day, idempotency: day, payments_max: None },
@@ -74,12 +86,15 @@ impl Filling {
         };
         let location = Location::Folder(dir.join("data"));
         let store = store::open(&location, options).map_err(|error| error.to_string())?;
-        let (at_once, later) = (Maker::new(Duration::ZERO), Maker::new(OWED_FOR));
+        let (bare, at_once) = (Maker::bare(), Maker::new(Duration::ZERO));
+        let later = Maker::new(OWED_FOR);
         let all = self.settled + self.owed;
         let batches = (0..all).step_by(BATCH as usize).map(|first| {
             let mut commits = Vec::new();
             for n in first..(first + BATCH).min(all) {
-                if n < self.settled {
+                if n < self.settled && how == Settled::Bare {
+                    commits.push(created(bare.payment(n, self.made_at(n))));
+                } else if n < self.settled {
                     commits.extend(settled(&at_once, n, self.made_at(n))?);
                 } else {
                     let now = Timestamp::from_ms(SystemClock.now_ms());

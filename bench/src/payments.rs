@@ -21,6 +21,7 @@ pub const USERS: u64 = 10_000;
 pub struct Maker {
     settings: Settings,
     currency: Currency,
+    are_bare: bool,
 }
 
 impl Maker {
@@ -35,13 +36,30 @@ impl Maker {
             random_approval_rate: 0.8,
             seed: 0,
         };
-        Self { settings, currency: Currency::parse("KRW").expect("a currency of ISO 4217") }
+        let currency = Currency::parse("KRW").expect("a currency of ISO 4217");
+        Self { settings, currency, are_bare: false }
     }
 
-    /// The `n`-th payment, approved and with a webhook to be posted. Ids rise with `n`.
+    /// Of payments as the load creates them: with what a create must say and nothing else, so that none owes a webhook.
+    ///
+    /// # Panics
+    /// Never, as above.
+    pub fn bare() -> Self {
+        Self { are_bare: true, ..Self::new(Duration::ZERO) }
+    }
+
+    /// The `n`-th payment, approved and, unless it is bare, with a webhook to be posted. Ids rise with `n`.
     pub fn payment(&self, n: u64, now: Timestamp) -> Payment {
         let (a, b, c) = (mix(n), mix(n ^ 1 << 62), mix(n ^ 1 << 63));
         let words = |x: u64, y: u64| ((u128::from(x) << 64) | u128::from(y)).to_be_bytes();
+        let webhook_url = "http://127.0.0.1:9/hooks/payment?shop=0042".to_owned();
+        let metadata = || Metadata {
+            source: "web".to_owned(),
+            user_agent: "Mozilla/5.0 (X11; Linux x86_64; rv:140.0)".to_owned(),
+            ip_address: "203.0.113.7".to_owned(),
+            session_id: uuid(c, a),
+            tags: [("campaign".to_owned(), "summer".to_owned())].into(),
+        };
         Payment::create(Arc::new(Terms {
             id: id(n, now),
             reservation_id: uuid(a, b),
@@ -51,15 +69,9 @@ impl Maker {
             method: Method::CreditCard,
             plan: Plan::draw(Scenario::Approve, &self.settings, &DrawKey::Idempotency(""), now),
             provider: "payment-sim".to_owned(),
-            webhook_url: Some("http://127.0.0.1:9/hooks/payment?shop=0042".to_owned()),
+            webhook_url: (!self.are_bare).then_some(webhook_url),
             events: false,
-            metadata: Some(Metadata {
-                source: "web".to_owned(),
-                user_agent: "Mozilla/5.0 (X11; Linux x86_64; rv:140.0)".to_owned(),
-                ip_address: "203.0.113.7".to_owned(),
-                session_id: uuid(c, a),
-                tags: [("campaign".to_owned(), "summer".to_owned())].into(),
-            }),
+            metadata: (!self.are_bare).then(metadata),
             echo: None,
             card: None,
             created_at: now,

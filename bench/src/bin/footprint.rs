@@ -14,7 +14,7 @@ use std::{
 use bench::{
     argument, benchmark, check_arguments,
     client::Client,
-    filling::Filling,
+    filling::{Filling, Settled},
     gauge::{disk_bytes, quantile},
     on_a_runtime,
     payments::{Maker, mix},
@@ -52,7 +52,7 @@ fn run() -> Result<bool, String> {
         given => PathBuf::from(given),
     };
     let result = on_a_runtime(async {
-        let filling = Filling::fill(&dir, payments, owed).await?;
+        let filling = Filling::fill(&dir, payments, owed, Settled::Told).await?;
         measure(&dir, &binary, &filling).await
     });
     if given.is_empty() {

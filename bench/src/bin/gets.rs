@@ -1,14 +1,15 @@
 //! Reads of random stored payments a second ÷ those of a bare echo that answers one of them.
 //!
-//! `payments=5000000 pairs=5 seconds=10 connections=50 streams=10 threads=CORES dir=PATH binary=PATH`;
-//! exit code 1 when the ratio is less than what is asked. What was stored in `dir` stays there for the next
-//! run.
+//! `payments=5000000 settled=told pairs=5 seconds=10 connections=50 streams=10 threads=CORES dir=PATH binary=PATH`;
+//! exit code 1 when the ratio is less than what is asked. Of each payment the webhook has been delivered, or with
+//! `settled=bare` they are as `creates` makes them, and have not changed since. What was stored in `dir` stays
+//! there for the next run.
 
 use std::{path::PathBuf, process::ExitCode};
 
 use bench::{
     argument, benchmark, check_arguments, echo,
-    filling::Filling,
+    filling::{Filling, Settled},
     load::{Kind, Load},
     on_a_runtime,
     pairs::Pairs,
@@ -22,6 +23,7 @@ fn main() -> ExitCode {
 fn run() -> Result<bool, String> {
     check_arguments(&[
         "payments",
+        "settled",
         "pairs",
         "seconds",
         "connections",
@@ -36,7 +38,13 @@ fn run() -> Result<bool, String> {
         "" => subject.scratch().join("stored"),
         given => PathBuf::from(given).join("stored"),
     };
-    let filling = on_a_runtime(Filling::fill(&folder, argument("payments", 5_000_000)?, 0))?;
+    let settled = match argument("settled", "told".to_owned())?.as_str() {
+        "told" => Settled::Told,
+        "bare" => Settled::Bare,
+        other => return Err(format!("settled={other}: told or bare")),
+    };
+    let filling =
+        on_a_runtime(Filling::fill(&folder, argument("payments", 5_000_000)?, 0, settled))?;
     let subject = subject.serving(folder);
     let load = Load::from_arguments(Kind::Get(filling), 10, 10)?;
     let reply = subject.reply(&load.calls)?;
