@@ -1,6 +1,6 @@
 //! A folder with millions of payments in it, put there through the store alone.
 
-use std::{fs, path::Path, sync::Arc, time::Duration};
+use std::{fs, path::Path, str::FromStr, sync::Arc, time::Duration};
 
 use payment_sim::{
     clock::{Clock, Stopwatch, SystemClock},
@@ -30,12 +30,24 @@ pub struct Filling {
 }
 
 /// How the settled ones are.
-#[derive(Clone, Copy, PartialEq, Eq)]
+#[derive(Clone, Copy)]
 pub enum Settled {
     /// Each has had its webhook: it has changed since it was created.
     Told,
     /// As the load creates them: settled from the start, with nobody to be told.
     Bare,
+}
+
+impl FromStr for Settled {
+    type Err = ();
+
+    fn from_str(text: &str) -> Result<Self, ()> {
+        match text {
+            "told" => Ok(Self::Told),
+            "bare" => Ok(Self::Bare),
+            _ => Err(()),
+        }
+    }
 }
 
 impl Filling {
@@ -92,13 +104,14 @@ impl Filling {
         let batches = (0..all).step_by(BATCH as usize).map(|first| {
             let mut commits = Vec::new();
             for n in first..(first + BATCH).min(all) {
-                if n < self.settled && how == Settled::Bare {
-                    commits.push(created(bare.payment(n, self.made_at(n))));
-                } else if n < self.settled {
-                    commits.extend(settled(&at_once, n, self.made_at(n))?);
-                } else {
+                if n >= self.settled {
                     let now = Timestamp::from_ms(SystemClock.now_ms());
                     commits.push(created(later.payment(n, now)));
+                    continue;
+                }
+                match how {
+                    Settled::Told => commits.extend(settled(&at_once, n, self.made_at(n))?),
+                    Settled::Bare => commits.push(created(bare.payment(n, self.made_at(n)))),
                 }
             }
             Ok(commits)

@@ -52,7 +52,7 @@ impl Maker {
     pub fn payment(&self, n: u64, now: Timestamp) -> Payment {
         let (a, b, c) = (mix(n), mix(n ^ 1 << 62), mix(n ^ 1 << 63));
         let words = |x: u64, y: u64| ((u128::from(x) << 64) | u128::from(y)).to_be_bytes();
-        let webhook_url = "http://127.0.0.1:9/hooks/payment?shop=0042".to_owned();
+        let webhook_url = || "http://127.0.0.1:9/hooks/payment?shop=0042".to_owned();
         let metadata = || Metadata {
             source: "web".to_owned(),
             user_agent: "Mozilla/5.0 (X11; Linux x86_64; rv:140.0)".to_owned(),
@@ -69,7 +69,7 @@ impl Maker {
             method: Method::CreditCard,
             plan: Plan::draw(Scenario::Approve, &self.settings, &DrawKey::Idempotency(""), now),
             provider: "payment-sim".to_owned(),
-            webhook_url: (!self.are_bare).then_some(webhook_url),
+            webhook_url: (!self.are_bare).then(webhook_url),
             events: false,
             metadata: (!self.are_bare).then(metadata),
             echo: None,

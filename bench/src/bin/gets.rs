@@ -38,13 +38,8 @@ fn run() -> Result<bool, String> {
         "" => subject.scratch().join("stored"),
         given => PathBuf::from(given).join("stored"),
     };
-    let settled = match argument("settled", "told".to_owned())?.as_str() {
-        "told" => Settled::Told,
-        "bare" => Settled::Bare,
-        other => return Err(format!("settled={other}: told or bare")),
-    };
-    let filling =
-        on_a_runtime(Filling::fill(&folder, argument("payments", 5_000_000)?, 0, settled))?;
+    let (payments, how) = (argument("payments", 5_000_000)?, argument("settled", Settled::Told)?);
+    let filling = on_a_runtime(Filling::fill(&folder, payments, 0, how))?;
     let subject = subject.serving(folder);
     let load = Load::from_arguments(Kind::Get(filling), 10, 10)?;
     let reply = subject.reply(&load.calls)?;
