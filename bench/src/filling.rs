@@ -39,13 +39,13 @@ pub enum Settled {
 }
 
 impl FromStr for Settled {
-    type Err = ();
+    type Err = &'static str;
 
-    fn from_str(text: &str) -> Result<Self, ()> {
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
         match text {
             "told" => Ok(Self::Told),
             "bare" => Ok(Self::Bare),
-            _ => Err(()),
+            _ => Err("told or bare is allowed"),
         }
     }
 }

@@ -26,14 +26,15 @@ static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 ///
 /// # Errors
 /// An argument that is none of `known`, or no number where one is needed.
-pub fn argument<T: std::str::FromStr>(name: &str, default: T) -> Result<T, String> {
+pub fn argument<T>(name: &str, default: T) -> Result<T, String>
+where
+    T: std::str::FromStr<Err: std::fmt::Display>,
+{
     let given = std::env::args().skip(1).find_map(|argument| {
         let (n, value) = argument.split_once('=')?;
         (n == name).then(|| value.to_owned())
     });
-    given.map_or(Ok(default), |value| {
-        value.parse().map_err(|_| format!("{name}={value}: not what is allowed there"))
-    })
+    given.map_or(Ok(default), |value| value.parse().map_err(|why| format!("{name}={value}: {why}")))
 }
 
 /// # Errors
