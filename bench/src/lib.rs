@@ -25,7 +25,7 @@ static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 /// `name=value` arguments over their defaults.
 ///
 /// # Errors
-/// An argument that is none of `known`, or no number where one is needed.
+/// The value is not what is allowed there.
 pub fn argument<T>(name: &str, default: T) -> Result<T, String>
 where
     T: std::str::FromStr<Err: std::fmt::Display>,

@@ -67,9 +67,9 @@ pub fn journal_of(data: &Path) -> PathBuf {
     journals.pop().expect("a journal")
 }
 
-/// The reason of a status that the service sent. Where it was gone before it could answer, the client makes a status
-/// of its own: without headers, and with a code that depends on where the connection broke.
-fn the_services_own(status: &Status) -> Option<String> {
+/// `None`: the service was gone before it could answer, and the status is the client's own: without headers, and with a
+/// code that depends on where the connection broke.
+fn reason_given_by_the_service(status: &Status) -> Option<String> {
     let info = status.get_details_error_info();
     let has_headers = !status.metadata().is_empty();
     assert_eq!(
@@ -100,7 +100,7 @@ async fn nothing_acknowledged_is_lost(folder: &Path, fail: &[&str]) {
     };
     println!("{} acknowledged, then {failed:?}", acked.len());
     assert!(!acked.is_empty());
-    if let Some(reason) = the_services_own(&failed) {
+    if let Some(reason) = reason_given_by_the_service(&failed) {
         assert_eq!(failed.code(), Code::Unavailable, "{failed:?}");
         assert_eq!(reason, "STORE_UNAVAILABLE", "{failed:?}");
     }
