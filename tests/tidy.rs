@@ -71,6 +71,7 @@ const DOMAIN_CRATES: &[&str] = &[
     "thiserror",
     "hmac",
     "sha2",
+    "siphasher",
     "base64",
     "hex",
     "jiff",

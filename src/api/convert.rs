@@ -110,8 +110,8 @@ pub fn key<M: Keyed>(
     }
     let session = headers.get(&SESSION_HEADER).map_or(&b""[..], |value| value.as_bytes());
     let idempotency = Idempotency {
-        key: KeyHash(secret.tag(b"key", &[session, M::RPC.as_bytes(), text.as_bytes()])),
-        request: RequestHash(secret.tag(b"request", &[&message.encode_to_vec()])),
+        key: KeyHash(secret.hash(b"key", &[session, M::RPC.as_bytes(), text.as_bytes()])),
+        request: RequestHash(secret.hash(b"request", &[&message.encode_to_vec()])),
     };
     Some(Key { text, idempotency })
 }

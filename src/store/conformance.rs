@@ -799,13 +799,13 @@ async fn a_store_that_is_in_use_newer_or_damaged_is_refused() {
     bed.close().await;
     let folder = bed.folder.as_ref().unwrap().path().join("data");
     let format = folder.join("FORMAT");
-    std::fs::write(&format, "4\n").unwrap();
-    assert!(matches!(bed.open(), Err(OpenError::NewerFormat { found: 4, .. })));
+    std::fs::write(&format, "5\n").unwrap();
+    assert!(matches!(bed.open(), Err(OpenError::NewerFormat { found: 5, .. })));
     std::fs::write(&format, "one").unwrap();
     assert!(matches!(bed.open(), Err(OpenError::Corrupt { .. })));
     std::fs::remove_file(&format).unwrap();
     assert!(matches!(bed.open(), Err(OpenError::Corrupt { .. })));
-    std::fs::write(&format, "3\n").unwrap();
+    std::fs::write(&format, "4\n").unwrap();
     let (derived, aside) = (folder.join("derived"), folder.join("aside"));
     std::fs::rename(&derived, &aside).unwrap();
     assert!(matches!(bed.open(), Err(OpenError::Corrupt { .. })));
@@ -820,11 +820,16 @@ async fn a_store_that_is_in_use_newer_or_damaged_is_refused() {
     assert!(bed.open().is_ok(), "nothing was touched");
 }
 
-/// The first has no mark of what is derived, and the second has it where the commits are.
+/// The first has no mark of what is derived, and the second has it where the commits are. None of them has quick
+/// hashes.
 #[tokio::test]
 async fn a_store_of_an_older_format_is_read_and_becomes_one_of_this() {
-    for older in [1, 2] {
+    for older in [1, 2, 3] {
         let mut bed = Bed::disk();
+        let mut batch = Batch::default();
+        batch.delete(Table::Meta, marks::meta::HASHES);
+        bed.store().shared().tables.write(&batch).unwrap();
+        bed.reopen().await;
         let payment = bed.payment(1, Scenario::Approve, Some((1, 1)));
         bed.create(&payment).await.unwrap();
         bed.store().bring_in();
@@ -836,14 +841,22 @@ async fn a_store_of_an_older_format_is_read_and_becomes_one_of_this() {
         bed.close().await;
         let folder = bed.folder.as_ref().unwrap().path().join("data");
         super::disk::tests::become_older(&folder, older);
-        // As a crash leaves it in the middle of its making.
-        std::fs::create_dir(folder.join("derived")).unwrap();
-        std::fs::write(folder.join("derived/0.jnl"), "").unwrap();
+        if older < 3 {
+            // As a crash leaves it in the middle of its making.
+            std::fs::create_dir(folder.join("derived")).unwrap();
+            std::fs::write(folder.join("derived/0.jnl"), "").unwrap();
+        }
         for _ in 0..2 {
             bed.store = Some(bed.open().unwrap());
-            assert_eq!(std::fs::read_to_string(folder.join("FORMAT")).unwrap(), "3\n");
+            assert_eq!(std::fs::read_to_string(folder.join("FORMAT")).unwrap(), "4\n");
             let again = bed.payment(9, Scenario::Approve, Some((1, 1)));
             assert!(matches!(bed.create(&again).await, Ok(Committed::Replayed(_))));
+            let secret = bed.store().secret();
+            assert_eq!(
+                secret.hash(b"p", &[]),
+                secret.tag(b"p", &[]),
+                "by which its rows are found"
+            );
             let by_user = ListQuery { user: Some("user-1".into()), ..any() };
             assert_eq!(bed.page(by_user).await.payments.len(), 1);
             bed.close().await;

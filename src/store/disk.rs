@@ -33,7 +33,10 @@ use crate::domain::ids::PaymentId;
 /// The layout that this version writes. Older ones are read and become this one, newer ones are refused.
 /// 2: keys and lists are not in the commits, and what is below the horizon is gone.
 /// 3: keys and lists have an engine of their own.
-const FORMAT: u32 = 3;
+/// 4: what is looked up is hashed by SipHash, where the store says so: it does if it was made with this format.
+const FORMAT: u32 = 4;
+/// From this one on keys and lists are not where the commits are.
+const DERIVED_APART: u32 = 3;
 const FORMAT_FILE: &str = "FORMAT";
 const MARK_FILE: &str = "commit.mark";
 /// Of the mark's number: as many as the largest has.
@@ -299,7 +302,7 @@ fn check_format(folder: &Path) -> Result<u32, OpenError> {
                     known: FORMAT,
                 });
             }
-            let has_lost_keys = found == FORMAT
+            let has_lost_keys = found >= DERIVED_APART
                 && is_whole(&folder.join(ENGINE_FOLDER))
                 && !is_whole(&folder.join(DERIVED_FOLDER));
             if has_lost_keys {
@@ -442,8 +445,13 @@ pub mod tests {
     use super::*;
     use crate::domain::time::Timestamp;
 
-    /// Leaves the folder of a closed store as an older format has it: keys and lists where the commits are.
+    /// Leaves the folder of a closed store as an older format has it: before the third, keys and lists where the
+    /// commits are.
     pub fn become_older(folder: &Path, format: u32) {
+        fs::write(folder.join(FORMAT_FILE), format!("{format}\n")).unwrap();
+        if format >= DERIVED_APART {
+            return;
+        }
         let horizon = Arc::new(Horizon::default());
         let [derived, commits] =
             [DERIVED_FOLDER, ENGINE_FOLDER].map(|name| engine(folder, name, &horizon).unwrap());
@@ -452,7 +460,6 @@ pub mod tests {
         }
         drop((derived, commits));
         fs::remove_dir_all(folder.join(DERIVED_FOLDER)).unwrap();
-        fs::write(folder.join(FORMAT_FILE), format!("{format}\n")).unwrap();
     }
 
     #[test]

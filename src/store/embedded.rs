@@ -177,9 +177,14 @@ fn recover(tables: &dyn Tables, horizon: &Horizon, now: Timestamp) -> Result<Ope
         ));
     }
     let secret = match read(meta::SECRET)? {
-        Some(bytes) => StoreSecret::new(
-            bytes.try_into().map_err(|_| "its secret has not 32 bytes".to_owned())?,
-        ),
+        Some(bytes) => {
+            let bytes = bytes.try_into().map_err(|_| "its secret has not 32 bytes".to_owned())?;
+            match read(meta::HASHES)?.as_deref() {
+                Some(meta::SIPHASH_2_4_128) => StoreSecret::new(bytes),
+                Some(_) => return Err("it hashes in an unknown way".to_owned()),
+                None => StoreSecret::of_an_older_store(bytes),
+            }
+        }
         None if sequence == 0 => make_secret(tables)?,
         None => return Err("its secret is missing".to_owned()),
     };
@@ -199,6 +204,7 @@ fn make_secret(tables: &dyn Tables) -> Result<StoreSecret, String> {
     getrandom::fill(&mut bytes).map_err(|error| format!("no randomness: {error}"))?;
     let mut batch = Batch::default();
     batch.put(Table::Meta, meta::SECRET, bytes);
+    batch.put(Table::Meta, meta::HASHES, meta::SIPHASH_2_4_128);
     tables.write(&batch).map_err(|error| error.to_string())?;
     Ok(StoreSecret::new(bytes))
 }

@@ -60,6 +60,9 @@ impl Marks {
 /// Keys of the `Meta` table.
 pub mod meta {
     pub const SECRET: &[u8; 6] = b"secret";
+    /// How it hashes what it looks up; there is no such row where the store was made before format 4.
+    pub const HASHES: &[u8; 6] = b"hashes";
+    pub const SIPHASH_2_4_128: &[u8] = &[1];
     pub const SEQUENCE: &[u8; 8] = b"sequence";
     pub const FLOOR: &[u8; 5] = b"floor";
     pub const DUE_FLOOR: &[u8; 9] = b"due_floor";

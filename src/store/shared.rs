@@ -166,12 +166,12 @@ impl Shared {
 
     /// The name under which a reservation's draws are counted.
     pub fn draws_name(&self, reservation: &str) -> [u8; 16] {
-        self.secret.tag(b"draws", &[reservation.as_bytes()])
+        self.secret.hash(b"draws", &[reservation.as_bytes()])
     }
 
     fn name(&self, kind: &[u8], name: &str) -> [u8; 8] {
-        let tag = self.secret.tag(kind, &[name.as_bytes()]);
-        tag[..8].try_into().expect("8 of 16 bytes")
+        let hash = self.secret.hash(kind, &[name.as_bytes()]);
+        hash[..8].try_into().expect("8 of 16 bytes")
     }
 
     /// Derives again what was not in the tables yet.
