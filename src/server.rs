@@ -1,4 +1,4 @@
-//! The accept loops: gRPC on hyper's own HTTP/2 server, and plain HTTP/1.1 for what serves people.
+//! The accept loops: gRPC over HTTP/2, and plain HTTP/1.1 for what serves people.
 //!
 //! tonic's transport is not used: it does not pass on the limits below, accepts silent clients for ever,
 //! spins at the descriptor limit and can hang when it drains. Whoever connects is answered within
@@ -8,21 +8,18 @@ use std::convert::Infallible;
 use std::error::Error;
 use std::io;
 use std::net::SocketAddr;
-use std::pin::{Pin, pin};
+use std::pin::pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::task::{Context, Poll};
 use std::time::Duration;
 
+use bytes::Bytes;
 use http::{Request, Response};
 use http_body::Body;
-use hyper::body::Incoming;
-use hyper::rt::Executor;
-use hyper::server::conn::{http1, http2};
+use hyper::body;
+use hyper::server::conn::http1;
 use hyper::service::Service;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use socket2::{Domain, SockRef, Socket, TcpKeepalive, Type};
-use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Semaphore;
 use tokio::time::{sleep, timeout};
@@ -31,26 +28,9 @@ use tokio_util::task::TaskTracker;
 
 use crate::log_budget::LogBudget;
 
-/// Streams a connection may have open. What is above waits in the client, which knows the number from
-/// our SETTINGS; tonic's default is none at all.
-pub const MAX_CONCURRENT_STREAMS: u32 = 128;
+mod http2;
 
-/// Stream errors that a peer may cause on one connection before it is closed with GOAWAY: the guard of
-/// RUSTSEC-2024-0003, which tonic switches off. A well-behaved client causes none.
-const MAX_LOCAL_ERROR_RESETS: usize = 256;
-
-/// Header bytes of one request. Ours are a few hundred; this stops header bombs early.
-const MAX_HEADER_LIST_BYTES: u32 = 8 * 1024;
-
-/// Receive windows in bytes. A request is at most 64 KiB, so a stream needs no more; connections × window
-/// is what hostile clients can make us hold, 1 GiB at worst with every connection taken.
-const STREAM_WINDOW_BYTES: u32 = 64 * 1024;
-const CONNECTION_WINDOW_BYTES: u32 = 256 * 1024;
-
-/// How often an HTTP/2 peer is pinged, and how long it has to answer: a vanished peer frees its place
-/// after 40 s, and NATs in between keep the connection.
-const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(30);
-const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(10);
+pub use http2::Incoming;
 
 /// TCP's own keepalive, for peers that vanish before HTTP/2 has begun.
 const TCP_KEEPALIVE: Duration = Duration::from_secs(60);
@@ -62,18 +42,11 @@ const BACKLOG: i32 = 4096;
 /// How often a free port is sought when the caller asked for any (port 0) and lost it again meanwhile.
 const PORT_TRIES: usize = 8;
 
-/// Idleness is looked at this many times in its span, so that a connection closes at most a quarter late
-/// and no request pays for a timer.
-const IDLE_CHECKS: u32 = 4;
-
 /// Request heads of HTTP/1.1: a person's browser needs a few kilobytes.
 const HTTP1_BUFFER_BYTES: usize = 16 * 1024;
 
 /// Warnings of an accept loop a second: at the descriptor limit every attempt would write one.
 const WARNINGS_PER_SECOND: u32 = 1;
-
-/// What every HTTP/2 client sends first (RFC 9113, 3.4).
-const PREFACE: &[u8; 24] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 
 type BoxError = Box<dyn Error + Send + Sync>;
 
@@ -89,13 +62,17 @@ pub struct Limits {
     /// How long a client may take to say that it speaks HTTP/2 (for HTTP/1.1: to send a request's head).
     /// A fair one does at once; a silent one would hold its place for ever.
     pub preface: Duration,
+    /// How often an HTTP/2 peer is pinged, and how long it has to answer: a vanished one frees its place after
+    /// 40 s, and NATs in between keep the connection.
+    pub ping: Duration,
+    pub pong: Duration,
     /// How long a connection may stay without a request in flight.
     pub idle: Duration,
     /// How long a connection is used before its client is sent away with GOAWAY, so that load spreads to
     /// new replicas. See [`Limits::drawn`].
     pub age: Duration,
     /// How long what is in flight may take after GOAWAY. Requests end within 10 s by themselves; past this
-    /// the connection is dropped, because a graceful close alone may never end (hyperium/hyper#4170).
+    /// the connection is dropped, because a graceful close waits for ever for who does not answer it.
     pub grace: Duration,
     /// A client that was sent away and has had nothing in flight for two of these is dropped: a silent one
     /// never answers, and a drain need not wait out the whole grace for it.
@@ -108,6 +85,8 @@ impl Default for Limits {
             max_connections: 4096,
             accept_backoff: Duration::from_millis(100),
             preface: Duration::from_secs(5),
+            ping: Duration::from_secs(30),
+            pong: Duration::from_secs(10),
             idle: Duration::from_secs(600),
             age: Duration::from_secs(300),
             grace: Duration::from_secs(20),
@@ -210,13 +189,11 @@ impl Server {
     where
         S: Service<Request<Incoming>, Response = Response<B>, Error = Infallible> + Send + 'static,
         S::Future: Send + 'static,
-        B: Body + Send + 'static,
-        B::Data: Send,
-        B::Error: Into<BoxError>,
+        B: Body<Data = Bytes> + Send + 'static,
     {
         self.accept(listener, &drain, |tcp, ending, tasks| {
             let service = service_for(ending.clone());
-            converse_http2(tcp, service, self.0.limits.clone(), ending, tasks)
+            http2::converse(tcp, service, self.0.limits.clone(), ending, tasks)
         })
         .await
     }
@@ -232,7 +209,7 @@ impl Server {
         drain: CancellationToken,
     ) -> io::Result<()>
     where
-        S: Service<Request<Incoming>, Response = Response<B>> + Clone + Send + 'static,
+        S: Service<Request<body::Incoming>, Response = Response<B>> + Clone + Send + 'static,
         S::Error: Into<BoxError>,
         S::Future: Send + 'static,
         B: Body + Send + 'static,
@@ -341,101 +318,10 @@ fn prepare(tcp: &TcpStream) {
     }
 }
 
-/// One HTTP/2 connection from its preface to its end.
-async fn converse_http2<S, B>(
-    tcp: TcpStream,
-    service: S,
-    limits: Limits,
-    ending: CancellationToken,
-    tasks: TaskTracker,
-) where
-    S: Service<Request<Incoming>, Response = Response<B>, Error = Infallible> + Send + 'static,
-    S::Future: Send + 'static,
-    B: Body + Send + 'static,
-    B::Data: Send,
-    B::Error: Into<BoxError>,
-{
-    // hyper has no limit on this phase and would not end in it when asked to.
-    let preface = timeout(limits.preface, Prefaced::read(tcp));
-    // A client that came just before the end may have sent requests: it is let in, to be sent away in
-    // order. A silent one holds up the end no longer than other silent ones do.
-    let too_late = async {
-        ending.cancelled().await;
-        sleep(limits.quiet).await;
-    };
-    let prefaced = tokio::select! {
-        biased;
-        prefaced = preface => prefaced,
-        () = too_late => return,
-    };
-    let Ok(Ok(io)) = prefaced else { return };
-
-    let streams = Streams::default();
-    let http2 = http2_settings(StreamTasks { tasks, streams: streams.clone() });
-    let mut connection = pin!(http2.serve_connection(TokioIo::new(io), service));
-    tokio::select! {
-        biased;
-        _ = connection.as_mut() => return,
-        () = ending.cancelled() => {}
-        () = worn_out(&limits, &streams) => {}
-    }
-    ending.cancel();
-    connection.as_mut().graceful_shutdown();
-    tokio::select! {
-        biased;
-        _ = connection => {}
-        () = silent_or_late(&limits, &streams) => {}
-    }
-}
-
-fn http2_settings(executor: StreamTasks) -> http2::Builder<StreamTasks> {
-    let mut http2 = http2::Builder::new(executor);
-    http2
-        .timer(TokioTimer::new())
-        .max_concurrent_streams(MAX_CONCURRENT_STREAMS)
-        .max_local_error_reset_streams(MAX_LOCAL_ERROR_RESETS)
-        .max_header_list_size(MAX_HEADER_LIST_BYTES)
-        .initial_stream_window_size(STREAM_WINDOW_BYTES)
-        .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
-        .keep_alive_interval(KEEPALIVE_INTERVAL)
-        .keep_alive_timeout(KEEPALIVE_TIMEOUT)
-        // gRPC has no use for it.
-        .auto_date_header(false);
-    http2
-}
-
-/// Ends when the connection has been used, or been idle, for long enough.
-async fn worn_out(limits: &Limits, streams: &Streams) {
-    let idle = async {
-        let (mut quiet_checks, mut begun) = (0, streams.begun());
-        while quiet_checks < IDLE_CHECKS {
-            sleep(limits.idle / IDLE_CHECKS).await;
-            let quiet = streams.open() == 0 && streams.begun() == begun;
-            quiet_checks = if quiet { quiet_checks + 1 } else { 0 };
-            begun = streams.begun();
-        }
-    };
-    // Either way it is time: by idleness, or by age, which ends the wait.
-    let _by_age = timeout(limits.age, idle).await;
-}
-
-/// Ends when a connection that was sent away has nothing more in flight and still does not close, or when
-/// its grace is over.
-async fn silent_or_late(limits: &Limits, streams: &Streams) {
-    let silent = async {
-        let mut quiet_checks = 0;
-        while quiet_checks < 2 {
-            sleep(limits.quiet).await;
-            quiet_checks = if streams.open() == 0 { quiet_checks + 1 } else { 0 };
-        }
-    };
-    let _late = timeout(limits.grace, silent).await;
-}
-
 /// One HTTP/1.1 connection.
 async fn converse_http1<S, B>(tcp: TcpStream, service: S, limits: Limits, ending: CancellationToken)
 where
-    S: Service<Request<Incoming>, Response = Response<B>>,
+    S: Service<Request<body::Incoming>, Response = Response<B>>,
     S::Error: Into<BoxError>,
     B: Body + 'static,
     B::Error: Into<BoxError>,
@@ -455,113 +341,6 @@ where
     }
     connection.as_mut().graceful_shutdown();
     let _late = timeout(limits.grace, connection).await;
-}
-
-/// How many streams a connection has open, and has had.
-#[derive(Clone, Debug, Default)]
-struct Streams {
-    open: TaskTracker,
-    begun: Arc<AtomicU64>,
-}
-
-impl Streams {
-    fn open(&self) -> usize {
-        self.open.len()
-    }
-
-    fn begun(&self) -> u64 {
-        self.begun.load(Ordering::Relaxed)
-    }
-}
-
-/// Runs hyper's streams (handler and reply of one request each) as tasks that a drain waits for.
-#[derive(Clone)]
-struct StreamTasks {
-    tasks: TaskTracker,
-    streams: Streams,
-}
-
-impl<F> Executor<F> for StreamTasks
-where
-    F: Future<Output = ()> + Send + 'static,
-{
-    fn execute(&self, stream: F) {
-        self.streams.begun.fetch_add(1, Ordering::Relaxed);
-        // Tracked twice rather than wrapped in a block of ours, which would hold the stream twice over.
-        self.tasks.spawn(self.streams.open.track_future(stream));
-    }
-}
-
-/// A connection whose preface has been read, and is given out once more to hyper, which wants to see it.
-struct Prefaced {
-    tcp: TcpStream,
-    replayed: usize,
-}
-
-impl Prefaced {
-    /// Reads the preface, no byte more, and fails at the first that differs.
-    async fn read(mut tcp: TcpStream) -> io::Result<Self> {
-        let mut buffer = [0; PREFACE.len()];
-        let mut filled = 0;
-        while filled < PREFACE.len() {
-            let n = tcp.read(&mut buffer[filled..]).await?;
-            if n == 0 {
-                return Err(io::ErrorKind::UnexpectedEof.into());
-            }
-            filled += n;
-            if buffer[..filled] != PREFACE[..filled] {
-                return Err(io::ErrorKind::InvalidData.into());
-            }
-        }
-        Ok(Self { tcp, replayed: 0 })
-    }
-}
-
-impl AsyncRead for Prefaced {
-    fn poll_read(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        buf: &mut ReadBuf<'_>,
-    ) -> Poll<io::Result<()>> {
-        let left = &PREFACE[self.replayed..];
-        if left.is_empty() {
-            return Pin::new(&mut self.tcp).poll_read(cx, buf);
-        }
-        let n = left.len().min(buf.remaining());
-        buf.put_slice(&left[..n]);
-        self.replayed += n;
-        Poll::Ready(Ok(()))
-    }
-}
-
-impl AsyncWrite for Prefaced {
-    fn poll_write(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        buf: &[u8],
-    ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.tcp).poll_write(cx, buf)
-    }
-
-    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.tcp).poll_flush(cx)
-    }
-
-    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.tcp).poll_shutdown(cx)
-    }
-
-    fn poll_write_vectored(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        bufs: &[io::IoSlice<'_>],
-    ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.tcp).poll_write_vectored(cx, bufs)
-    }
-
-    fn is_write_vectored(&self) -> bool {
-        self.tcp.is_write_vectored()
-    }
 }
 
 #[cfg(test)]

@@ -2,20 +2,25 @@ use std::io::Read;
 use std::net::SocketAddr;
 use std::sync::mpsc;
 
-use tokio::io::AsyncWriteExt;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::task::JoinHandle;
 use tonic::Code;
 use tonic::transport::{Channel, Endpoint};
 use tonic_health::pb::HealthCheckRequest;
 use tonic_health::pb::health_client::HealthClient;
 
+use super::http2::{MAX_CONCURRENT_STREAMS, MAX_HEADER_LIST_BYTES, STREAM_WINDOW_BYTES};
 use super::*;
 use crate::api::pb::payment::v1::payment_service_client::PaymentServiceClient;
 use crate::edge::EdgeLimits;
 use crate::edge::testbed::{SOON, edge, order};
 
 const SHORT: Duration = Duration::from_millis(50);
+/// What every HTTP/2 client sends first (RFC 9113, 3.4).
+const PREFACE: &[u8; 24] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 const EMPTY_SETTINGS: [u8; 9] = [0, 0, 0, 4, 0, 0, 0, 0, 0];
+const SETTINGS: u8 = 4;
+const PING: u8 = 6;
 const GOAWAY: u8 = 7;
 
 struct Bed {
@@ -99,7 +104,7 @@ async fn closed(tcp: &mut TcpStream) {
 async fn settings_carry_our_limits() {
     let bed = start(Limits::default());
     let (kind, payload) = frame(&mut bed.prefaced().await).await;
-    assert_eq!(kind, 4);
+    assert_eq!(kind, SETTINGS);
     let settings: Vec<_> = payload
         .chunks_exact(6)
         .map(|s| (s[1], u32::from_be_bytes([s[2], s[3], s[4], s[5]])))
@@ -138,7 +143,7 @@ async fn a_preface_in_pieces_is_fine() {
         sleep(Duration::from_millis(2)).await;
     }
     tcp.write_all(&EMPTY_SETTINGS).await.unwrap();
-    assert_eq!(frame(&mut tcp).await.0, 4);
+    assert_eq!(frame(&mut tcp).await.0, SETTINGS);
 }
 
 #[tokio::test]
@@ -184,6 +189,19 @@ async fn an_idle_connection_is_sent_away_and_a_busy_one_is_not() {
     busy.create_payment_intent(order("slow")).await.unwrap();
     while frame(&mut idle).await.0 != GOAWAY {}
     closed(&mut idle).await;
+}
+
+#[tokio::test]
+async fn who_does_not_answer_a_ping_is_closed_and_who_does_is_not() {
+    let bed = start(Limits { ping: SHORT, pong: SHORT, ..Limits::default() });
+    let mut answers = bed.client().await;
+    let mut vanished = bed.prefaced().await;
+    while frame(&mut vanished).await.0 != PING {}
+    closed(&mut vanished).await;
+    bed.connections_become(1).await;
+    // Several pings long.
+    answers.create_payment_intent(order("slow")).await.unwrap();
+    assert_eq!(bed.server.connections(), 1);
 }
 
 #[tokio::test]

@@ -1,0 +1,288 @@
+//! One HTTP/2 connection from its preface to its end, straight on h2.
+//!
+//! hyper's server does the same for whatever body there is: it asks for room, for a reset and for the time around
+//! each frame, eight locks to a small call in place of three. What it takes over besides is here: pings, the
+//! bodies of requests, the frames of replies.
+
+use std::convert::Infallible;
+use std::future::poll_fn;
+use std::pin::{Pin, pin};
+use std::task::{Context, Poll, ready};
+
+use bytes::Bytes;
+use h2::server::{Builder, Connection, SendResponse};
+use h2::{Ping, PingPong, Reason, RecvStream, SendStream};
+use http::{Request, Response};
+use http_body::{Body, Frame};
+use hyper::service::Service;
+use tokio::net::TcpStream;
+use tokio::time::{sleep, timeout};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use super::Limits;
+
+/// Streams a connection may have open. What is above waits in the client, which knows the number from
+/// our SETTINGS; tonic's default is none at all.
+pub const MAX_CONCURRENT_STREAMS: u32 = 128;
+
+/// Stream errors that a peer may cause on one connection before it is closed with GOAWAY: the guard of
+/// RUSTSEC-2024-0003, which tonic switches off. A well-behaved client causes none.
+const MAX_LOCAL_ERROR_RESETS: usize = 256;
+
+/// Header bytes of one request. Ours are a few hundred; this stops header bombs early.
+pub const MAX_HEADER_LIST_BYTES: u32 = 8 * 1024;
+
+/// Receive windows in bytes. A request is at most 64 KiB, so a stream needs no more; connections × window
+/// is what hostile clients can make us hold, 1 GiB at worst with every connection taken.
+pub const STREAM_WINDOW_BYTES: u32 = 64 * 1024;
+const CONNECTION_WINDOW_BYTES: u32 = 256 * 1024;
+
+/// Idleness is looked at this many times in its span, so that a connection closes at most a quarter late
+/// and no request pays for a timer.
+const IDLE_CHECKS: u32 = 4;
+/// Of [`Limits::quiet`], for who was sent away.
+const QUIET_CHECKS: u32 = 2;
+
+/// Serves a connection until it has ended, however its client behaves. Handlers run as `tasks`, and `ending` is
+/// cancelled when the client is sent away.
+pub async fn converse<S, B>(
+    tcp: TcpStream,
+    service: S,
+    limits: Limits,
+    ending: CancellationToken,
+    tasks: TaskTracker,
+) where
+    S: Service<Request<Incoming>, Response = Response<B>, Error = Infallible>,
+    S::Future: Send + 'static,
+    B: Body<Data = Bytes> + Send + 'static,
+{
+    let greeting = timeout(limits.preface, settings().handshake(tcp));
+    // A client that came just before the end may have sent requests: it is let in, to be sent away in
+    // order. A silent one holds up the end no longer than other silent ones do.
+    let too_late = async {
+        ending.cancelled().await;
+        sleep(limits.quiet).await;
+    };
+    let greeted = tokio::select! {
+        biased;
+        greeted = greeting => greeted,
+        () = too_late => return,
+    };
+    let Ok(Ok(connection)) = greeted else { return };
+    let mut conversation = Conversation { connection, service, tasks, begun: 0 };
+    if conversation.lasts(&limits, &ending).await {
+        ending.cancel();
+        conversation.say_goodbye(&limits).await;
+    }
+}
+
+fn settings() -> Builder {
+    let mut settings = Builder::new();
+    settings
+        .max_concurrent_streams(MAX_CONCURRENT_STREAMS)
+        .max_local_error_reset_streams(Some(MAX_LOCAL_ERROR_RESETS))
+        .max_header_list_size(MAX_HEADER_LIST_BYTES)
+        .initial_window_size(STREAM_WINDOW_BYTES)
+        .initial_connection_window_size(CONNECTION_WINDOW_BYTES);
+    settings
+}
+
+struct Conversation<S> {
+    connection: Connection<TcpStream, Bytes>,
+    service: S,
+    tasks: TaskTracker,
+    /// Requests there have been.
+    begun: u64,
+}
+
+impl<S, B> Conversation<S>
+where
+    S: Service<Request<Incoming>, Response = Response<B>, Error = Infallible>,
+    S::Future: Send + 'static,
+    B: Body<Data = Bytes> + Send + 'static,
+{
+    /// Serves until the connection has been used, or been idle, for long enough, or the service ends. False: the client
+    /// has gone before.
+    async fn lasts(&mut self, limits: &Limits, ending: &CancellationToken) -> bool {
+        let pings = self.connection.ping_pong().expect("they are taken once");
+        let mut over = pin!(async {
+            tokio::select! {
+                () = ending.cancelled() => true,
+                () = sleep(limits.age) => true,
+                () = silence(pings, limits) => false,
+            }
+        });
+        let mut quiet_checks = 0;
+        while quiet_checks < IDLE_CHECKS {
+            let begun = self.begun;
+            match self.serve(timeout(limits.idle / IDLE_CHECKS, over.as_mut())).await {
+                None => return false,
+                Some(Ok(is_there)) => return is_there,
+                Some(Err(_elapsed)) => {
+                    let is_quiet = self.begun == begun && !self.connection.has_streams();
+                    quiet_checks = if is_quiet { quiet_checks + 1 } else { 0 };
+                }
+            }
+        }
+        true
+    }
+
+    /// Sends the client away, and serves until it has gone, has nothing more in flight and still does not close, or its
+    /// grace is over.
+    async fn say_goodbye(mut self, limits: &Limits) {
+        self.connection.graceful_shutdown();
+        let mut late = pin!(sleep(limits.grace));
+        let mut quiet_checks = 0;
+        while quiet_checks < QUIET_CHECKS {
+            match self.serve(timeout(limits.quiet, late.as_mut())).await {
+                Some(Err(_elapsed)) => {
+                    let is_quiet = !self.connection.has_streams();
+                    quiet_checks = if is_quiet { quiet_checks + 1 } else { 0 };
+                }
+                None | Some(Ok(())) => return,
+            }
+        }
+    }
+
+    /// Serves until `end`. `None`: the connection has ended before.
+    async fn serve<E>(&mut self, end: impl Future<Output = E>) -> Option<E> {
+        let mut end = pin!(end);
+        loop {
+            let accepted = tokio::select! {
+                biased;
+                accepted = self.connection.accept() => accepted,
+                ended = end.as_mut() => return Some(ended),
+            };
+            let (request, respond) = accepted?.ok()?;
+            self.begun += 1;
+            let answering = self.service.call(request.map(Incoming));
+            self.tasks.spawn(answer(answering, respond));
+        }
+    }
+}
+
+/// Ends when a ping is not answered in time.
+async fn silence(mut pings: PingPong, limits: &Limits) {
+    loop {
+        sleep(limits.ping).await;
+        match timeout(limits.pong, pings.ping(Ping::opaque())).await {
+            Ok(Ok(_pong)) => {}
+            Ok(Err(_)) | Err(_) => return,
+        }
+    }
+}
+
+/// Runs a handler and sends what it answers. Who resets the stream meanwhile ends both.
+async fn answer<B: Body<Data = Bytes>>(
+    answering: impl Future<Output = Result<Response<B>, Infallible>>,
+    mut respond: SendResponse<Bytes>,
+) {
+    let mut answering = pin!(answering);
+    let answered = poll_fn(|cx| match answering.as_mut().poll(cx) {
+        Poll::Ready(Ok(response)) => Poll::Ready(Some(response)),
+        Poll::Pending => respond.poll_reset(cx).map(|_| None),
+    });
+    let Some(response) = answered.await else { return };
+    let (head, body) = response.into_parts();
+    let is_all = body.is_end_stream();
+    match respond.send_response(Response::from_parts(head, ()), is_all) {
+        Ok(_) if is_all => {}
+        // What is left of an error is the stream's own: it was reset.
+        Ok(stream) => drop(send(body, stream).await),
+        Err(_) => respond.send_reset(Reason::INTERNAL_ERROR),
+    }
+}
+
+/// Sends a body. Its first frame goes to h2 at once, which keeps it until there is room; further ones wait here.
+async fn send<B: Body<Data = Bytes>>(
+    body: B,
+    mut stream: SendStream<Bytes>,
+) -> Result<(), h2::Error> {
+    let mut body = pin!(body);
+    let mut is_first = true;
+    loop {
+        let next = poll_fn(|cx| match body.as_mut().poll_frame(cx) {
+            Poll::Ready(frame) => Poll::Ready(Ok(frame)),
+            Poll::Pending => {
+                stream.poll_reset(cx).map(|reset| Err(reset.map_or_else(|e| e, h2::Error::from)))
+            }
+        });
+        let frame = match next.await? {
+            Some(Ok(frame)) => frame,
+            Some(Err(_)) => {
+                stream.send_reset(Reason::INTERNAL_ERROR);
+                return Ok(());
+            }
+            None => return stream.send_data(Bytes::new(), true),
+        };
+        match frame.into_data() {
+            Ok(data) => {
+                if !is_first {
+                    room(&mut stream).await?;
+                }
+                is_first = false;
+                let is_last = body.is_end_stream();
+                stream.send_data(data, is_last)?;
+                if is_last {
+                    return Ok(());
+                }
+            }
+            Err(frame) => {
+                if let Ok(trailers) = frame.into_trailers() {
+                    return stream.send_trailers(trailers);
+                }
+            }
+        }
+    }
+}
+
+/// Waits until the client takes more. One byte is asked for: what is asked for is kept from the connection's other
+/// streams, and h2 asks for the rest once it has it.
+async fn room(stream: &mut SendStream<Bytes>) -> Result<(), h2::Error> {
+    stream.reserve_capacity(1);
+    poll_fn(|cx| {
+        while stream.capacity() == 0 {
+            match ready!(stream.poll_capacity(cx)) {
+                Some(Ok(_)) => {}
+                Some(Err(error)) => return Poll::Ready(Err(error)),
+                None => return Poll::Ready(Err(Reason::CANCEL.into())),
+            }
+        }
+        Poll::Ready(Ok(()))
+    })
+    .await
+}
+
+/// The body of a request.
+#[derive(Debug)]
+pub struct Incoming(RecvStream);
+
+impl Body for Incoming {
+    type Data = Bytes;
+    type Error = h2::Error;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, h2::Error>>> {
+        let Self(stream) = &mut *self;
+        Poll::Ready(match ready!(stream.poll_data(cx)) {
+            Some(Ok(data)) => {
+                let released = stream.flow_control().release_capacity(data.len());
+                Some(released.map(|()| Frame::data(data)))
+            }
+            Some(Err(error)) => Some(Err(error)),
+            None => {
+                ready!(stream.poll_trailers(cx)).transpose().map(|all| all.map(Frame::trailers))
+            }
+        })
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.0.is_end_stream()
+    }
+}
+
+#[cfg(test)]
+mod tests;
