@@ -6,6 +6,7 @@
 
 use std::convert::Infallible;
 use std::future::poll_fn;
+use std::io;
 use std::pin::{Pin, pin};
 use std::task::{Context, Poll, ready};
 
@@ -15,6 +16,7 @@ use h2::{Ping, PingPong, Reason, RecvStream, SendStream};
 use http::{Request, Response};
 use http_body::{Body, Frame};
 use hyper::service::Service;
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
 use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
@@ -57,7 +59,7 @@ pub async fn converse<S, B>(
     S::Future: Send + 'static,
     B: Body<Data = Bytes> + Send + 'static,
 {
-    let greeting = timeout(limits.preface, settings().handshake(tcp));
+    let greeting = timeout(limits.preface, settings().handshake(Gathering(tcp)));
     // A client that came just before the end may have sent requests: it is let in, to be sent away in
     // order. A silent one holds up the end no longer than other silent ones do.
     let too_late = async {
@@ -89,7 +91,7 @@ fn settings() -> Builder {
 }
 
 struct Conversation<S> {
-    connection: Connection<TcpStream, Bytes>,
+    connection: Connection<Gathering, Bytes>,
     service: S,
     tasks: TaskTracker,
     /// Requests there have been.
@@ -252,6 +254,38 @@ async fn room(stream: &mut SendStream<Bytes>) -> Result<(), h2::Error> {
         Poll::Ready(Ok(()))
     })
     .await
+}
+
+/// A socket that does not say that it writes from several places at once. h2 then gathers replies of up to 1,024 bytes, and
+/// writes them together; else it does so up to 255, and each larger one is a write of its own. A payment has some 500.
+struct Gathering(TcpStream);
+
+impl AsyncRead for Gathering {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.0).poll_read(cx, buf)
+    }
+}
+
+impl AsyncWrite for Gathering {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.0).poll_write(cx, buf)
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.0).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.0).poll_shutdown(cx)
+    }
 }
 
 /// The body of a request.
