@@ -38,7 +38,7 @@ use crate::domain::payment::Trace;
 use crate::domain::validation::Violation;
 use crate::log_budget::LogBudget;
 use crate::metrics::{GRPC_METHODS, Metrics, UNKNOWN_METHOD};
-use crate::slot::{ReleaseAtEnd, Slot};
+use crate::slot::{Places, ReleaseAtEnd, Slot};
 
 use replies::{NoRoom, Reply, Untaken};
 
@@ -129,7 +129,7 @@ struct Shared<T> {
     payments: T,
     routes: Routes,
     limits: EdgeLimits,
-    slots: Arc<Semaphore>,
+    places: Arc<Places>,
     untaken: Arc<Semaphore>,
     observe: Arc<dyn Observe>,
     lines: LogBudget,
@@ -157,7 +157,7 @@ impl<T: Calls> Edge<T> {
         Self(Arc::new(Shared {
             payments,
             routes: routes.prepare(),
-            slots: Arc::new(Semaphore::new(limits.max_in_flight)),
+            places: Arc::new(Places::new(limits.max_in_flight)),
             untaken: Arc::new(Semaphore::new(limits.untaken_max)),
             limits,
             observe,
@@ -168,7 +168,7 @@ impl<T: Calls> Edge<T> {
 
     /// Requests being handled now; held calls that gave their place back do not count.
     pub fn in_flight(&self) -> usize {
-        self.0.limits.max_in_flight.saturating_sub(self.0.slots.available_permits())
+        self.0.places.taken()
     }
 
     /// The service of one connection; its streams end when `ending` is cancelled.
@@ -203,7 +203,7 @@ impl<T: Calls> Edge<T> {
         }
         let place = match request.uri().path().starts_with(HEALTH_PREFIX) {
             true => None,
-            false => Some(ReleaseAtEnd(Slot::take(&self.0.slots).ok_or_else(overloaded)?)),
+            false => Some(ReleaseAtEnd(Slot::take(&self.0.places).ok_or_else(overloaded)?)),
         };
         let longest = self.0.limits.deadline;
         Ok(Admitted { place, deadline: wanted.map_or(longest, |wanted| wanted.min(longest)) })

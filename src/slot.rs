@@ -2,10 +2,25 @@
 
 use std::sync::{
     Arc,
-    atomic::{AtomicBool, Ordering},
+    atomic::{AtomicBool, AtomicUsize, Ordering},
 };
 
-use tokio::sync::Semaphore;
+/// All places. A counter and no semaphore: nobody waits for one.
+#[derive(Debug)]
+pub struct Places {
+    max: usize,
+    taken: AtomicUsize,
+}
+
+impl Places {
+    pub const fn new(max: usize) -> Self {
+        Self { max, taken: AtomicUsize::new(0) }
+    }
+
+    pub fn taken(&self) -> usize {
+        self.taken.load(Ordering::Relaxed).min(self.max)
+    }
+}
 
 /// A request's place among those in flight. Its handler gets it too, so that a call that is held on purpose can
 /// give it back.
@@ -14,20 +29,24 @@ pub struct Slot(Arc<Place>);
 
 #[derive(Debug)]
 struct Place {
-    slots: Arc<Semaphore>,
+    places: Arc<Places>,
     taken: AtomicBool,
 }
 
 impl Slot {
-    pub fn take(slots: &Arc<Semaphore>) -> Option<Self> {
-        slots.try_acquire().ok()?.forget();
-        Some(Self(Arc::new(Place { slots: Arc::clone(slots), taken: AtomicBool::new(true) })))
+    /// `None`: there is no place left.
+    pub fn take(places: &Arc<Places>) -> Option<Self> {
+        if places.taken.fetch_add(1, Ordering::Relaxed) >= places.max {
+            places.taken.fetch_sub(1, Ordering::Relaxed);
+            return None;
+        }
+        Some(Self(Arc::new(Place { places: Arc::clone(places), taken: AtomicBool::new(true) })))
     }
 
     /// Gives the place to another request. Once is enough; again does nothing.
     pub fn release(&self) {
         if self.0.taken.swap(false, Ordering::Relaxed) {
-            self.0.slots.add_permits(1);
+            self.0.places.taken.fetch_sub(1, Ordering::Relaxed);
         }
     }
 }

@@ -281,6 +281,8 @@ fn encode<M: Message>(reply: &Reply<M>) -> Result<http::Response<Bytes>, Status>
     reply.message.encode_raw(&mut bytes);
     let mut response = http::Response::new(bytes.into());
     let headers = response.headers_mut();
+    // An empty map makes room for six, 600 bytes for each call in flight.
+    headers.reserve(1);
     headers.insert(header::CONTENT_TYPE, GRPC);
     if reply.replayed {
         headers.insert(&IDEMPOTENT_REPLAYED, HeaderValue::from_static("true"));

@@ -108,11 +108,11 @@ impl PaymentId {
     /// `pi_…_secret_` and 24 characters that only the holder of `secret` can make.
     pub fn client_secret(&self, secret: &StoreSecret) -> String {
         const INFIX: &str = "_secret_";
-        let tag = secret.tag(b"client_secret", &[&self.0]);
+        let hash = secret.hash(b"client_secret", &[&self.0]);
         let mut rest = [0; INFIX.len() + CLIENT_SECRET_CHARS];
         let (infix, characters) = rest.split_at_mut(INFIX.len());
         infix.copy_from_slice(INFIX.as_bytes());
-        hex::encode_to_slice(&tag[..CLIENT_SECRET_CHARS / 2], characters)
+        hex::encode_to_slice(&hash[..CLIENT_SECRET_CHARS / 2], characters)
             .expect("a byte is two characters");
         self.spelled(INTENT_PREFIX, std::str::from_utf8(&rest).expect("all of it is ASCII"))
     }
@@ -160,8 +160,8 @@ impl StoreSecret {
         &self.bytes
     }
 
-    /// What something is looked up or compared by, within the store: SipHash-2-4 of 128 bits, a fifth of what a
-    /// tag costs. Four of them are made for each payment.
+    /// For what each payment needs, to be looked up, compared or given to its caller: SipHash-2-4 of 128 bits, a fifth
+    /// of what a tag costs.
     pub fn hash(&self, purpose: &[u8], parts: &[&[u8]]) -> [u8; 16] {
         let Some(mut hasher) = self.quick else { return self.tag(purpose, parts) };
         for part in std::iter::once(&purpose).chain(parts) {
@@ -171,7 +171,7 @@ impl StoreSecret {
         hasher.finish128().as_bytes()
     }
 
-    /// What is shown to others, or stands for a card: HMAC-SHA256, cut.
+    /// For what stands for a card, or for a password: HMAC-SHA256, cut.
     pub fn tag(&self, purpose: &[u8], parts: &[&[u8]]) -> [u8; 16] {
         let mut mac = self.keyed.clone();
         for part in std::iter::once(&purpose).chain(parts) {
