@@ -179,7 +179,7 @@ impl<T: Calls> Edge<T> {
         Request<B>,
         Response = Response<Reply>,
         Error = Infallible,
-        Future: Send + 'static,
+        Future: Send + Unpin + 'static,
     >
     + Send
     + 'static

@@ -188,8 +188,8 @@ impl Server {
     ) -> io::Result<()>
     where
         S: Service<Request<Incoming>, Response = Response<B>, Error = Infallible> + Send + 'static,
-        S::Future: Send + 'static,
-        B: Body<Data = Bytes> + Send + 'static,
+        S::Future: Send + Unpin + 'static,
+        B: Body<Data = Bytes> + Send + Unpin + 'static,
     {
         self.accept(listener, &drain, |tcp, ending, tasks| {
             let service = service_for(ending.clone());

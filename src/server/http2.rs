@@ -5,7 +5,6 @@
 //! bodies of requests, the frames of replies.
 
 use std::convert::Infallible;
-use std::future::poll_fn;
 use std::io;
 use std::pin::{Pin, pin};
 use std::task::{Context, Poll, ready};
@@ -56,8 +55,8 @@ pub async fn converse<S, B>(
     tasks: TaskTracker,
 ) where
     S: Service<Request<Incoming>, Response = Response<B>, Error = Infallible>,
-    S::Future: Send + 'static,
-    B: Body<Data = Bytes> + Send + 'static,
+    S::Future: Send + Unpin + 'static,
+    B: Body<Data = Bytes> + Send + Unpin + 'static,
 {
     let greeting = timeout(limits.preface, settings().handshake(Gathering(tcp)));
     // A client that came just before the end may have sent requests: it is let in, to be sent away in
@@ -101,8 +100,8 @@ struct Conversation<S> {
 impl<S, B> Conversation<S>
 where
     S: Service<Request<Incoming>, Response = Response<B>, Error = Infallible>,
-    S::Future: Send + 'static,
-    B: Body<Data = Bytes> + Send + 'static,
+    S::Future: Send + Unpin + 'static,
+    B: Body<Data = Bytes> + Send + Unpin + 'static,
 {
     /// Serves until the connection has been used, or been idle, for long enough, or the service ends. False: the client
     /// has gone before.
@@ -158,8 +157,8 @@ where
             };
             let (request, respond) = accepted?.ok()?;
             self.begun += 1;
-            let answering = self.service.call(request.map(Incoming));
-            self.tasks.spawn(answer(answering, respond));
+            let step = Step::Answering(self.service.call(request.map(Incoming)));
+            self.tasks.spawn(Exchange { respond, step });
         }
     }
 }
@@ -175,85 +174,117 @@ async fn silence(mut pings: PingPong, limits: &Limits) {
     }
 }
 
-/// Runs a handler and sends what it answers. Who resets the stream meanwhile ends both.
-async fn answer<B: Body<Data = Bytes>>(
-    answering: impl Future<Output = Result<Response<B>, Infallible>>,
-    mut respond: SendResponse<Bytes>,
-) {
-    let mut answering = pin!(answering);
-    let answered = poll_fn(|cx| match answering.as_mut().poll(cx) {
-        Poll::Ready(Ok(response)) => Poll::Ready(Some(response)),
-        Poll::Pending => respond.poll_reset(cx).map(|_| None),
-    });
-    let Some(response) = answered.await else { return };
-    let (head, body) = response.into_parts();
-    let is_all = body.is_end_stream();
-    match respond.send_response(Response::from_parts(head, ()), is_all) {
-        Ok(_) if is_all => {}
-        // What is left of an error is the stream's own: it was reset.
-        Ok(stream) => drop(send(body, stream).await),
-        Err(_) => respond.send_reset(Reason::INTERNAL_ERROR),
-    }
+/// One request: its handler, and then its reply's way to h2. Who resets the stream ends both.
+///
+/// Not async functions, which would keep what they are given twice: there is one of these for each request in flight.
+struct Exchange<F, B> {
+    respond: SendResponse<Bytes>,
+    step: Step<F, B>,
 }
 
-/// Sends a body. Its first frame goes to h2 at once, which keeps it until there is room; further ones wait here.
-async fn send<B: Body<Data = Bytes>>(
+enum Step<F, B> {
+    Answering(F),
+    Sending(Sending<B>),
+}
+
+struct Sending<B> {
     body: B,
-    mut stream: SendStream<Bytes>,
-) -> Result<(), h2::Error> {
-    let mut body = pin!(body);
-    let mut is_first = true;
-    loop {
-        let next = poll_fn(|cx| match body.as_mut().poll_frame(cx) {
-            Poll::Ready(frame) => Poll::Ready(Ok(frame)),
-            Poll::Pending => {
-                stream.poll_reset(cx).map(|reset| Err(reset.map_or_else(|e| e, h2::Error::from)))
-            }
-        });
-        let frame = match next.await? {
-            Some(Ok(frame)) => frame,
-            Some(Err(_)) => {
-                stream.send_reset(Reason::INTERNAL_ERROR);
-                return Ok(());
-            }
-            None => return stream.send_data(Bytes::new(), true),
-        };
-        match frame.into_data() {
-            Ok(data) => {
-                if !is_first {
-                    room(&mut stream).await?;
-                }
-                is_first = false;
-                let is_last = body.is_end_stream();
-                stream.send_data(data, is_last)?;
-                if is_last {
-                    return Ok(());
-                }
-            }
-            Err(frame) => {
-                if let Ok(trailers) = frame.into_trailers() {
-                    return stream.send_trailers(trailers);
-                }
+    stream: SendStream<Bytes>,
+    /// Waits for room.
+    in_hand: Option<Bytes>,
+    has_begun: bool,
+}
+
+impl<F, B> Future for Exchange<F, B>
+where
+    F: Future<Output = Result<Response<B>, Infallible>> + Unpin,
+    B: Body<Data = Bytes> + Unpin,
+{
+    type Output = ();
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
+        let Self { respond, step } = &mut *self;
+        loop {
+            match step {
+                Step::Answering(handler) => match Pin::new(handler).poll(cx) {
+                    Poll::Ready(Ok(response)) => match begin(respond, response) {
+                        Some(sending) => *step = Step::Sending(sending),
+                        None => return Poll::Ready(()),
+                    },
+                    Poll::Pending => return respond.poll_reset(cx).map(drop),
+                },
+                // What an error says is that the stream was reset.
+                Step::Sending(sending) => return sending.poll(cx).map(drop),
             }
         }
     }
 }
 
-/// Waits until the client takes more. One byte is asked for: what is asked for is kept from the connection's other
-/// streams, and h2 asks for the rest once it has it.
-async fn room(stream: &mut SendStream<Bytes>) -> Result<(), h2::Error> {
-    stream.reserve_capacity(1);
-    poll_fn(|cx| {
-        while stream.capacity() == 0 {
-            match ready!(stream.poll_capacity(cx)) {
+/// Sends a reply's head; what is left is its body, where it has one.
+fn begin<B: Body>(respond: &mut SendResponse<Bytes>, reply: Response<B>) -> Option<Sending<B>> {
+    let (head, body) = reply.into_parts();
+    let is_all = body.is_end_stream();
+    match respond.send_response(Response::from_parts(head, ()), is_all) {
+        Ok(stream) => {
+            (!is_all).then_some(Sending { body, stream, in_hand: None, has_begun: false })
+        }
+        Err(_) => {
+            respond.send_reset(Reason::INTERNAL_ERROR);
+            None
+        }
+    }
+}
+
+impl<B: Body<Data = Bytes> + Unpin> Sending<B> {
+    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), h2::Error>> {
+        loop {
+            if self.in_hand.is_some() {
+                // The first data goes to h2 at once, which keeps it until there is room; further ones wait here.
+                if self.has_begun {
+                    ready!(self.poll_room(cx))?;
+                }
+                self.has_begun = true;
+                let is_last = self.body.is_end_stream();
+                self.stream.send_data(self.in_hand.take().unwrap_or_default(), is_last)?;
+                if is_last {
+                    return Poll::Ready(Ok(()));
+                }
+            }
+            let frame = match Pin::new(&mut self.body).poll_frame(cx) {
+                Poll::Ready(Some(Ok(frame))) => frame,
+                Poll::Ready(Some(Err(_))) => {
+                    self.stream.send_reset(Reason::INTERNAL_ERROR);
+                    return Poll::Ready(Ok(()));
+                }
+                Poll::Ready(None) => {
+                    return Poll::Ready(self.stream.send_data(Bytes::new(), true));
+                }
+                Poll::Pending => return self.stream.poll_reset(cx).map_ok(drop),
+            };
+            match frame.into_data() {
+                Ok(data) => self.in_hand = Some(data),
+                Err(frame) => {
+                    if let Ok(trailers) = frame.into_trailers() {
+                        return Poll::Ready(self.stream.send_trailers(trailers));
+                    }
+                }
+            }
+        }
+    }
+
+    /// Waits until the client takes more. One byte is asked for: what is asked for is kept from the connection's other
+    /// streams, and h2 asks for the rest once it has it.
+    fn poll_room(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), h2::Error>> {
+        self.stream.reserve_capacity(1);
+        while self.stream.capacity() == 0 {
+            match ready!(self.stream.poll_capacity(cx)) {
                 Some(Ok(_)) => {}
                 Some(Err(error)) => return Poll::Ready(Err(error)),
                 None => return Poll::Ready(Err(Reason::CANCEL.into())),
             }
         }
         Poll::Ready(Ok(()))
-    })
-    .await
+    }
 }
 
 /// A socket that does not say that it writes from several places at once. h2 then gathers replies of up to 1,024 bytes, and

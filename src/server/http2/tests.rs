@@ -1,3 +1,4 @@
+use std::future::{pending, ready};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
@@ -48,8 +49,8 @@ impl Body for Long {
 async fn client<S, B>(service: S) -> client::SendRequest<Bytes>
 where
     S: Service<Request<Incoming>, Response = Response<B>, Error = Infallible> + Send + 'static,
-    S::Future: Send + 'static,
-    B: Body<Data = Bytes> + Send + 'static,
+    S::Future: Send + Unpin + 'static,
+    B: Body<Data = Bytes> + Send + Unpin + 'static,
 {
     connect(service, Limits::default()).await.0
 }
@@ -62,8 +63,8 @@ async fn connect<S, B>(
 ) -> (client::SendRequest<Bytes>, JoinHandle<Result<(), h2::Error>>)
 where
     S: Service<Request<Incoming>, Response = Response<B>, Error = Infallible> + Send + 'static,
-    S::Future: Send + 'static,
-    B: Body<Data = Bytes> + Send + 'static,
+    S::Future: Send + Unpin + 'static,
+    B: Body<Data = Bytes> + Send + Unpin + 'static,
 {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let tcp = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
@@ -85,7 +86,7 @@ fn long() -> (
         Request<Incoming>,
         Response = Response<Long>,
         Error = Infallible,
-        Future: Send + 'static,
+        Future: Send + Unpin + 'static,
     > + Send,
     Arc<AtomicUsize>,
     oneshot::Receiver<()>,
@@ -97,7 +98,7 @@ fn long() -> (
     let service = service_fn(move |_| {
         let alive = alive.lock().unwrap().take().unwrap();
         let body = Long { left: FRAMES, asked: Arc::clone(&counted), _alive: alive };
-        async { Ok(Response::new(body)) }
+        ready(Ok(Response::new(body)))
     });
     (service, asked, ended)
 }
@@ -151,10 +152,10 @@ async fn a_handler_ends_when_its_client_waits_no_longer() {
     let service = service_fn(move |_| {
         let (begun, alive) = once.lock().unwrap().take().unwrap();
         begun.send(()).unwrap();
-        async move {
+        Box::pin(async move {
             let _alive = alive;
-            std::future::pending::<Result<Response<Long>, Infallible>>().await
-        }
+            pending::<Result<Response<Long>, Infallible>>().await
+        })
     });
     let (response, mut request) = client(service).await.send_request(get(), false).unwrap();
     soon(has_begun).await.unwrap();
@@ -166,7 +167,7 @@ async fn a_handler_ends_when_its_client_waits_no_longer() {
 #[tokio::test]
 async fn a_request_in_flight_keeps_a_connection_from_being_idle() {
     let limits = Limits { idle: Duration::from_millis(50), ..Limits::default() };
-    let never = || service_fn(|_| std::future::pending::<Result<Response<Long>, Infallible>>());
+    let never = || service_fn(|_| pending::<Result<Response<Long>, Infallible>>());
     let (mut busy, _connection) = connect(never(), limits.clone()).await;
     let _in_flight = busy.send_request(get(), true).unwrap();
     // Two after each other last longer than one that has had a request.
