@@ -1,6 +1,6 @@
 //! The outermost service: every request passes here, and every refusal leaves as a gRPC reply.
 //!
-//! It never fails (`Error = Infallible`): an error that left it would make hyper reset the stream, and the
+//! It never fails (`Error = Infallible`): an error that left it would make the server reset the stream, and the
 //! caller would not learn why. Dropping a handler at its deadline is safe, because a commit outlives the
 //! handler that asked for it.
 

@@ -62,8 +62,8 @@ pub struct Limits {
     /// How long a client may take to say that it speaks HTTP/2 (for HTTP/1.1: to send a request's head).
     /// A fair one does at once; a silent one would hold its place for ever.
     pub preface: Duration,
-    /// How often an HTTP/2 peer is pinged, and how long it has to answer: a vanished one frees its place after
-    /// 40 s, and NATs in between keep the connection.
+    /// How often an HTTP/2 peer that asks for nothing is pinged, and how long it has to answer: a vanished one frees
+    /// its place after 40 to 70 s, and NATs in between keep the connection.
     pub ping: Duration,
     pub pong: Duration,
     /// How long a connection may stay without a request in flight.

@@ -17,6 +17,7 @@ impl Places {
         Self { max, taken: AtomicUsize::new(0) }
     }
 
+    /// Who is about to be refused is counted for a moment, but has none.
     pub fn taken(&self) -> usize {
         self.taken.load(Ordering::Relaxed).min(self.max)
     }

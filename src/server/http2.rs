@@ -7,6 +7,7 @@
 use std::convert::Infallible;
 use std::io;
 use std::pin::{Pin, pin};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::task::{Context, Poll, ready};
 
 use bytes::Bytes;
@@ -17,6 +18,7 @@ use http_body::{Body, Frame};
 use hyper::service::Service;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
+use tokio::task::unconstrained;
 use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -71,7 +73,8 @@ pub async fn converse<S, B>(
         () = too_late => return,
     };
     let Ok(Ok(connection)) = greeted else { return };
-    let mut conversation = Conversation { connection, service, tasks, begun: 0 };
+    let begun = AtomicU64::new(0);
+    let mut conversation = Conversation { connection, service, tasks, begun: &begun };
     if conversation.lasts(&limits, &ending).await {
         ending.cancel();
         conversation.say_goodbye(&limits).await;
@@ -89,39 +92,40 @@ fn settings() -> Builder {
     settings
 }
 
-struct Conversation<S> {
+struct Conversation<'a, S> {
     connection: Connection<Gathering, Bytes>,
     service: S,
     tasks: TaskTracker,
     /// Requests there have been.
-    begun: u64,
+    begun: &'a AtomicU64,
 }
 
-impl<S, B> Conversation<S>
+impl<S, B> Conversation<'_, S>
 where
     S: Service<Request<Incoming>, Response = Response<B>, Error = Infallible>,
     S::Future: Send + Unpin + 'static,
     B: Body<Data = Bytes> + Send + Unpin + 'static,
 {
     /// Serves until the connection has been used, or been idle, for long enough, or the service ends. False: the client
-    /// has gone before.
+    /// has gone before, or is silent.
     async fn lasts(&mut self, limits: &Limits, ending: &CancellationToken) -> bool {
         let pings = self.connection.ping_pong().expect("they are taken once");
         let mut over = pin!(async {
             tokio::select! {
                 () = ending.cancelled() => true,
                 () = sleep(limits.age) => true,
-                () = silence(pings, limits) => false,
+                () = silence(pings, self.begun, limits) => false,
             }
         });
         let mut quiet_checks = 0;
         while quiet_checks < IDLE_CHECKS {
-            let begun = self.begun;
+            let begun = self.begun.load(Ordering::Relaxed);
             match self.serve(timeout(limits.idle / IDLE_CHECKS, over.as_mut())).await {
                 None => return false,
                 Some(Ok(is_there)) => return is_there,
                 Some(Err(_elapsed)) => {
-                    let is_quiet = self.begun == begun && !self.connection.has_streams();
+                    let is_quiet = self.begun.load(Ordering::Relaxed) == begun
+                        && !self.connection.has_streams();
                     quiet_checks = if is_quiet { quiet_checks + 1 } else { 0 };
                 }
             }
@@ -148,7 +152,9 @@ where
 
     /// Serves until `end`. `None`: the connection has ended before.
     async fn serve<E>(&mut self, end: impl Future<Output = E>) -> Option<E> {
-        let mut end = pin!(end);
+        // A client that never lets its socket run dry takes all that a task may do at a time, and the timers would
+        // not be looked at.
+        let mut end = pin!(unconstrained(end));
         loop {
             let accepted = tokio::select! {
                 biased;
@@ -156,17 +162,22 @@ where
                 ended = end.as_mut() => return Some(ended),
             };
             let (request, respond) = accepted?.ok()?;
-            self.begun += 1;
+            self.begun.fetch_add(1, Ordering::Relaxed);
             let step = Step::Answering(self.service.call(request.map(Incoming)));
             self.tasks.spawn(Exchange { respond, step });
         }
     }
 }
 
-/// Ends when a ping is not answered in time.
-async fn silence(mut pings: PingPong, limits: &Limits) {
+/// Ends when a ping is not answered in time. Who goes on asking is there: his answer to a ping may be long under way,
+/// behind the replies that he takes.
+async fn silence(mut pings: PingPong, begun: &AtomicU64, limits: &Limits) {
     loop {
+        let before = begun.load(Ordering::Relaxed);
         sleep(limits.ping).await;
+        if begun.load(Ordering::Relaxed) != before {
+            continue;
+        }
         match timeout(limits.pong, pings.ping(Ping::opaque())).await {
             Ok(Ok(_pong)) => {}
             Ok(Err(_)) | Err(_) => return,
@@ -238,14 +249,14 @@ fn begin<B: Body>(respond: &mut SendResponse<Bytes>, reply: Response<B>) -> Opti
 impl<B: Body<Data = Bytes> + Unpin> Sending<B> {
     fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), h2::Error>> {
         loop {
-            if self.in_hand.is_some() {
-                // The first data goes to h2 at once, which keeps it until there is room; further ones wait here.
-                if self.has_begun {
-                    ready!(self.poll_room(cx))?;
-                }
+            // The first data goes to h2 at once, which keeps it until there is room; further ones wait here.
+            if self.in_hand.is_some() && self.has_begun {
+                ready!(self.poll_room(cx))?;
+            }
+            if let Some(data) = self.in_hand.take() {
                 self.has_begun = true;
                 let is_last = self.body.is_end_stream();
-                self.stream.send_data(self.in_hand.take().unwrap_or_default(), is_last)?;
+                self.stream.send_data(data, is_last)?;
                 if is_last {
                     return Poll::Ready(Ok(()));
                 }
@@ -287,8 +298,9 @@ impl<B: Body<Data = Bytes> + Unpin> Sending<B> {
     }
 }
 
-/// A socket that does not say that it writes from several places at once. h2 then gathers replies of up to 1,024 bytes, and
-/// writes them together; else it does so up to 255, and each larger one is a write of its own. A payment has some 500.
+/// A socket that does not say that it writes from several places at once. h2 then gathers replies of less than 1,024
+/// bytes, and writes them together; else of less than 256, and each larger one is a write of its own. A payment has
+/// some 500. The price: a frame that is larger still, as those of lists, is two writes in place of one.
 struct Gathering(TcpStream);
 
 impl AsyncRead for Gathering {

@@ -193,7 +193,7 @@ async fn an_idle_connection_is_sent_away_and_a_busy_one_is_not() {
 
 #[tokio::test]
 async fn who_does_not_answer_a_ping_is_closed_and_who_does_is_not() {
-    let bed = start(Limits { ping: SHORT, pong: SHORT, ..Limits::default() });
+    let bed = start(Limits { ping: SHORT, pong: 10 * SHORT, ..Limits::default() });
     let mut answers = bed.client().await;
     let mut vanished = bed.prefaced().await;
     while frame(&mut vanished).await.0 != PING {}

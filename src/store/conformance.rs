@@ -820,6 +820,17 @@ async fn a_store_that_is_in_use_newer_or_damaged_is_refused() {
     assert!(bed.open().is_ok(), "nothing was touched");
 }
 
+#[tokio::test]
+async fn a_store_that_hashes_in_an_unknown_way_is_refused() {
+    let mut bed = Bed::disk();
+    let mut batch = Batch::default();
+    batch.put(Table::Meta, marks::meta::HASHES, [9]);
+    bed.store().shared().tables.write(&batch).unwrap();
+    bed.close().await;
+    let refused = bed.open().err().unwrap().to_string();
+    assert!(refused.contains("unknown way"), "{refused}");
+}
+
 /// The first has no mark of what is derived, and the second has it where the commits are. None of them has quick
 /// hashes.
 #[tokio::test]

@@ -94,10 +94,12 @@ impl Disk {
             })
             .collect::<Result<_, _>>()
             .map_err(broken)?;
-        if format < FORMAT {
+        if format < DERIVED_APART {
             for table in DERIVED {
                 copy(&commits, table, &keyspaces[table as usize]).map_err(broken)?;
             }
+        }
+        if format < FORMAT {
             note_format(folder).map_err(io)?;
         }
         // Only now: until then the version that wrote them could still be put back.

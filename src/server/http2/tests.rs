@@ -144,6 +144,51 @@ async fn a_reply_ends_when_its_client_has_enough_of_it() {
     assert!(soon(ended).await.is_err(), "it was dropped");
 }
 
+/// Fails after its first frame.
+struct Broken(bool);
+
+impl Body for Broken {
+    type Data = Bytes;
+    type Error = &'static str;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        _: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, &'static str>>> {
+        let has_begun = std::mem::replace(&mut self.0, true);
+        Poll::Ready(Some(match has_begun {
+            true => Err("broken"),
+            false => Ok(Frame::data(Bytes::from_static(b"half"))),
+        }))
+    }
+}
+
+#[tokio::test]
+async fn a_reply_that_breaks_is_reset() {
+    let service = service_fn(|_| ready(Ok(Response::new(Broken(false)))));
+    let (response, _) = client(service).await.send_request(get(), true).unwrap();
+    let error = match soon(response).await {
+        Err(error) => error,
+        Ok(response) => {
+            let mut body = response.into_body();
+            loop {
+                if let Err(error) = soon(body.data()).await.expect("it does not end well") {
+                    break error;
+                }
+            }
+        }
+    };
+    assert_eq!(error.reason(), Some(Reason::INTERNAL_ERROR));
+}
+
+/// Else each reply of 256 bytes and more is a write of its own.
+#[tokio::test]
+async fn h2_gathers_replies() {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let tcp = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
+    assert!(tcp.is_write_vectored() && !Gathering(tcp).is_write_vectored());
+}
+
 #[tokio::test]
 async fn a_handler_ends_when_its_client_waits_no_longer() {
     let (begun, has_begun) = oneshot::channel();
