@@ -6,6 +6,7 @@ use std::time::Duration;
 use h2::client;
 use http::HeaderMap;
 use hyper::service::service_fn;
+use tokio::io::AsyncWriteExt;
 use tokio::net::TcpListener;
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
@@ -55,12 +56,9 @@ where
     connect(service, Limits::default()).await.0
 }
 
-/// Serves one connection, and connects to it. The client's side ends with the latter.
-#[allow(clippy::disallowed_methods, reason = "both sides end with the test's client")]
-async fn connect<S, B>(
-    service: S,
-    limits: Limits,
-) -> (client::SendRequest<Bytes>, JoinHandle<Result<(), h2::Error>>)
+/// Serves one connection, and connects to it.
+#[allow(clippy::disallowed_methods, reason = "it ends with the test's client")]
+async fn served<S, B>(service: S, limits: Limits) -> (TcpStream, JoinHandle<()>)
 where
     S: Service<Request<Incoming>, Response = Response<B>, Error = Infallible> + Send + 'static,
     S::Future: Send + Unpin + 'static,
@@ -70,7 +68,21 @@ where
     let tcp = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
     let (served, _) = listener.accept().await.unwrap();
     let (ending, tasks) = (CancellationToken::new(), TaskTracker::new());
-    tokio::spawn(converse(served, service, limits, ending, tasks));
+    (tcp, tokio::spawn(converse(served, service, limits, ending, tasks)))
+}
+
+/// The client's side ends with the connection.
+#[allow(clippy::disallowed_methods, reason = "it ends with the test's client")]
+async fn connect<S, B>(
+    service: S,
+    limits: Limits,
+) -> (client::SendRequest<Bytes>, JoinHandle<Result<(), h2::Error>>)
+where
+    S: Service<Request<Incoming>, Response = Response<B>, Error = Infallible> + Send + 'static,
+    S::Future: Send + Unpin + 'static,
+    B: Body<Data = Bytes> + Send + Unpin + 'static,
+{
+    let (tcp, _serving) = served(service, limits).await;
     let (client, connection) = client::handshake(tcp).await.unwrap();
     let connection = tokio::spawn(connection);
     (client.ready().await.unwrap(), connection)
@@ -207,6 +219,40 @@ async fn a_handler_ends_when_its_client_waits_no_longer() {
     request.send_reset(Reason::CANCEL);
     assert!(soon(ended).await.is_err(), "it was dropped");
     assert!(soon(response).await.is_err());
+}
+
+/// A GET of "/" that is all of its stream, in the fewest bytes.
+fn request(stream: u8) -> Vec<u8> {
+    const HEADERS: u8 = 1;
+    const END_OF_STREAM_AND_HEADERS: u8 = 5;
+    // Rows of HPACK's static table (RFC 7541, A): GET, http, "/"; then an authority.
+    let fields = [&[0x82, 0x86, 0x84, 0x41, 7][..], b"service"].concat();
+    let length = u8::try_from(fields.len()).unwrap();
+    [&[0, 0, length, HEADERS, END_OF_STREAM_AND_HEADERS, 0, 0, 0, stream], &fields[..]].concat()
+}
+
+/// It never answers one: it would be closed.
+#[tokio::test]
+async fn who_goes_on_asking_is_not_pinged() {
+    const REQUESTS: u8 = 100;
+    let limits = Limits {
+        ping: Duration::from_millis(500),
+        pong: Duration::from_millis(250),
+        ..Limits::default()
+    };
+    let answered = Arc::new(AtomicUsize::new(0));
+    let counted = Arc::clone(&answered);
+    let service = service_fn(move |_| {
+        counted.fetch_add(1, Ordering::SeqCst);
+        ready(Ok(Response::new(Broken(true))))
+    });
+    let (mut tcp, _serving) = served(service, limits).await;
+    tcp.write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0").await.unwrap();
+    for n in 0..REQUESTS {
+        tcp.write_all(&request(2 * n + 1)).await.unwrap();
+        sleep(Duration::from_millis(12)).await;
+    }
+    assert_eq!(answered.load(Ordering::SeqCst), usize::from(REQUESTS));
 }
 
 #[tokio::test]
