@@ -6,7 +6,7 @@ mod support;
 use std::{
     collections::{BTreeMap, BTreeSet},
     error::Error,
-    io::{self, Read},
+    io::Read,
     sync::{
         Arc, Mutex, PoisonError,
         atomic::{AtomicU64, Ordering},
@@ -134,22 +134,16 @@ impl Shared {
 
 /// UNAVAILABLE, or a request that never ran: hyper's client had not sent it when its connection closed,
 /// or it came after the stream that GOAWAY names as the last. tonic has other codes for these.
-///
-/// Or it was broken off: who still writes to a socket that is closed is reset, and h2's client then gives up what it has
-/// in flight before it reads the GOAWAY that lies there.
 fn may_be_sent_again(status: &Status) -> bool {
     let mut causes = std::iter::successors(status.source(), |&error| error.source());
-    let is_unanswered = causes.any(|error| {
+    let never_ran = causes.any(|error| {
         let unsent = error.downcast_ref::<hyper::Error>().is_some_and(|error| error.is_canceled());
         let after_goaway = error.downcast_ref::<h2::Error>().is_some_and(|error| {
             error.is_go_away() && error.is_remote() && error.reason() == Some(h2::Reason::NO_ERROR)
         });
-        let broken_off = error
-            .downcast_ref::<io::Error>()
-            .is_some_and(|error| error.kind() == io::ErrorKind::BrokenPipe);
-        unsent || after_goaway || broken_off
+        unsent || after_goaway
     });
-    status.code() == Code::Unavailable || is_unanswered
+    status.code() == Code::Unavailable || never_ran
 }
 
 struct Callers {

@@ -131,10 +131,7 @@ impl fmt::Debug for PaymentId {
 }
 
 /// The key that a store is born with: it keys every hash that is stored, so that a copy of the
-/// hashes tells nothing of what went in.
-///
-/// A purpose keeps hashes of different things apart, and each part is preceded by its length, so that no two
-/// lists of parts look alike.
+/// hashes tells nothing of what went in. A purpose keeps hashes of different things apart.
 #[derive(Clone)]
 pub struct StoreSecret {
     bytes: [u8; 32],
@@ -165,23 +162,25 @@ impl StoreSecret {
     /// of what a tag costs.
     pub fn hash(&self, purpose: &[u8], parts: &[&[u8]]) -> [u8; 16] {
         let Some(mut hasher) = self.quick else { return self.tag(purpose, parts) };
-        for part in std::iter::once(&purpose).chain(parts) {
-            hasher.write(&(part.len() as u64).to_be_bytes());
-            hasher.write(part);
-        }
+        each_part(purpose, parts, |bytes| hasher.write(bytes));
         hasher.finish128().as_bytes()
     }
 
     /// For what stands for a card, and for the simulation API's token: HMAC-SHA256, cut.
     pub fn tag(&self, purpose: &[u8], parts: &[&[u8]]) -> [u8; 16] {
         let mut mac = self.keyed.clone();
-        for part in std::iter::once(&purpose).chain(parts) {
-            mac.update(&(part.len() as u64).to_be_bytes());
-            mac.update(part);
-        }
+        each_part(purpose, parts, |bytes| mac.update(bytes));
         let mut tag = [0; 16];
         tag.copy_from_slice(&mac.finalize().into_bytes()[..16]);
         tag
+    }
+}
+
+/// Each part behind its length, so that no two lists of parts look alike.
+fn each_part(purpose: &[u8], parts: &[&[u8]], mut take: impl FnMut(&[u8])) {
+    for part in std::iter::once(&purpose).chain(parts) {
+        take(&(part.len() as u64).to_be_bytes());
+        take(part);
     }
 }
 

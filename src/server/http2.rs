@@ -9,6 +9,7 @@ use std::io;
 use std::pin::{Pin, pin};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::task::{Context, Poll, ready};
+use std::time::Duration;
 
 use bytes::Bytes;
 use h2::server::{Builder, Connection, SendResponse};
@@ -19,7 +20,7 @@ use hyper::service::Service;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
 use tokio::task::unconstrained;
-use tokio::time::{sleep, timeout};
+use tokio::time::{Sleep, sleep, timeout};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -46,6 +47,9 @@ const CONNECTION_WINDOW_BYTES: u32 = 256 * 1024;
 const IDLE_CHECKS: u32 = 4;
 /// Of [`Limits::quiet`], for who was sent away.
 const QUIET_CHECKS: u32 = 2;
+/// How long a client may go on sending after the last that it is told, until it has read that.
+const LINGER: Duration = Duration::from_secs(1);
+const DROPPED_AT_ONCE_BYTES: usize = 4 * 1024;
 
 /// Serves a connection until it has ended, however its client behaves. Handlers run as `tasks`, and `ending` is
 /// cancelled when the client is sent away.
@@ -60,7 +64,7 @@ pub async fn converse<S, B>(
     S::Future: Send + Unpin + 'static,
     B: Body<Data = Bytes> + Send + Unpin + 'static,
 {
-    let greeting = timeout(limits.preface, settings().handshake(Gathering(tcp)));
+    let greeting = timeout(limits.preface, settings().handshake(Wire::new(tcp)));
     // A client that came just before the end may have sent requests: it is let in, to be sent away in
     // order. A silent one holds up the end no longer than other silent ones do.
     let too_late = async {
@@ -93,7 +97,7 @@ fn settings() -> Builder {
 }
 
 struct Conversation<'a, S> {
-    connection: Connection<Gathering, Bytes>,
+    connection: Connection<Wire, Bytes>,
     service: S,
     tasks: TaskTracker,
     /// Requests there have been.
@@ -298,36 +302,66 @@ impl<B: Body<Data = Bytes> + Unpin> Sending<B> {
     }
 }
 
-/// A socket that does not say that it writes from several places at once. h2 then gathers replies of less than 1,024
+/// A connection's socket.
+///
+/// It does not say that it writes from several places at once. h2 then gathers replies of less than 1,024
 /// bytes, and writes them together; else of less than 256, and each larger one is a write of its own. A payment has
 /// some 500. The price: a frame that is larger still, as those of lists, is two writes in place of one.
-struct Gathering(TcpStream);
+struct Wire {
+    tcp: TcpStream,
+    /// Begins when all is said.
+    lingering: Option<Pin<Box<Sleep>>>,
+}
 
-impl AsyncRead for Gathering {
+impl Wire {
+    const fn new(tcp: TcpStream) -> Self {
+        Self { tcp, lingering: None }
+    }
+}
+
+impl AsyncRead for Wire {
     fn poll_read(
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
         buf: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.0).poll_read(cx, buf)
+        Pin::new(&mut self.tcp).poll_read(cx, buf)
     }
 }
 
-impl AsyncWrite for Gathering {
+impl AsyncWrite for Wire {
     fn poll_write(
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
         buf: &[u8],
     ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.0).poll_write(cx, buf)
+        Pin::new(&mut self.tcp).poll_write(cx, buf)
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.0).poll_flush(cx)
+        Pin::new(&mut self.tcp).poll_flush(cx)
     }
 
+    /// Then drops what still comes. Whoever writes to a socket that is closed is reset, and may give up what it has in
+    /// flight before it reads the GOAWAY that lies there, which says what it may send again.
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.0).poll_shutdown(cx)
+        let Self { tcp, lingering } = &mut *self;
+        let lingering = match lingering {
+            Some(lingering) => lingering,
+            None => {
+                ready!(Pin::new(&mut *tcp).poll_shutdown(cx))?;
+                lingering.insert(Box::pin(sleep(LINGER)))
+            }
+        };
+        while lingering.as_mut().poll(cx).is_pending() {
+            let mut dropped = [0; DROPPED_AT_ONCE_BYTES];
+            let mut dropped = ReadBuf::new(&mut dropped);
+            let is_read = ready!(Pin::new(&mut *tcp).poll_read(cx, &mut dropped)).is_ok();
+            if !is_read || dropped.filled().is_empty() {
+                break;
+            }
+        }
+        Poll::Ready(Ok(()))
     }
 }
 

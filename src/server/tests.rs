@@ -17,10 +17,10 @@ use crate::edge::testbed::{SOON, edge, order};
 
 const SHORT: Duration = Duration::from_millis(50);
 /// What every HTTP/2 client sends first (RFC 9113, 3.4).
-const PREFACE: &[u8; 24] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
-const EMPTY_SETTINGS: [u8; 9] = [0, 0, 0, 4, 0, 0, 0, 0, 0];
+pub(super) const PREFACE: &[u8; 24] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
+pub(super) const EMPTY_SETTINGS: [u8; 9] = [0, 0, 0, 4, 0, 0, 0, 0, 0];
 const SETTINGS: u8 = 4;
-const PING: u8 = 6;
+pub(super) const PING: u8 = 6;
 const GOAWAY: u8 = 7;
 
 struct Bed {
@@ -85,7 +85,7 @@ impl Bed {
 }
 
 /// Kind and payload of the next frame.
-async fn frame(tcp: &mut TcpStream) -> (u8, Vec<u8>) {
+pub(super) async fn frame(tcp: &mut TcpStream) -> (u8, Vec<u8>) {
     let mut head = [0; 9];
     timeout(SOON, tcp.read_exact(&mut head)).await.unwrap().unwrap();
     let length = usize::from(head[1]) << 8 | usize::from(head[2]);

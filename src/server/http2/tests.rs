@@ -6,13 +6,14 @@ use std::time::Duration;
 use h2::client;
 use http::HeaderMap;
 use hyper::service::service_fn;
-use tokio::io::AsyncWriteExt;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpListener;
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
 
 use super::*;
 use crate::edge::testbed::SOON;
+use crate::server::tests::{EMPTY_SETTINGS, PING, PREFACE, frame};
 
 const FRAMES: usize = 8;
 const FRAME_BYTES: usize = 40_000;
@@ -198,7 +199,7 @@ async fn a_reply_that_breaks_is_reset() {
 async fn h2_gathers_replies() {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let tcp = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
-    assert!(tcp.is_write_vectored() && !Gathering(tcp).is_write_vectored());
+    assert!(tcp.is_write_vectored() && !Wire::new(tcp).is_write_vectored());
 }
 
 #[tokio::test]
@@ -231,12 +232,39 @@ fn request(stream: u8) -> Vec<u8> {
     [&[0, 0, length, HEADERS, END_OF_STREAM_AND_HEADERS, 0, 0, 0, stream], &fields[..]].concat()
 }
 
+fn greeting() -> Vec<u8> {
+    [&PREFACE[..], &EMPTY_SETTINGS].concat()
+}
+
+#[tokio::test]
+async fn who_still_sends_when_all_is_said_is_not_reset() {
+    const ACKNOWLEDGED: u8 = 1;
+    let limits = Limits { idle: Duration::from_millis(50), ..Limits::default() };
+    let never = service_fn(|_| pending::<Result<Response<Long>, Infallible>>());
+    let (mut tcp, serving) = served(never, limits).await;
+    tcp.write_all(&greeting()).await.unwrap();
+    let opaque = loop {
+        let (kind, payload) = frame(&mut tcp).await;
+        if kind == PING {
+            break payload;
+        }
+    };
+    let pong = [&[0, 0, 8, PING, ACKNOWLEDGED, 0, 0, 0, 0][..], &opaque].concat();
+    tcp.write_all(&pong).await.unwrap();
+    // To the end of what it is told.
+    soon(tcp.read_to_end(&mut Vec::new())).await.unwrap();
+    for _ in 0..100 {
+        soon(tcp.write_all(&[0; 10_000])).await.unwrap();
+    }
+    soon(serving).await.unwrap();
+}
+
 /// It never answers one: it would be closed.
 #[tokio::test]
 async fn who_goes_on_asking_is_not_pinged() {
     const REQUESTS: u8 = 100;
     let limits = Limits {
-        ping: Duration::from_millis(500),
+        ping: Duration::from_secs(1),
         pong: Duration::from_millis(250),
         ..Limits::default()
     };
@@ -247,10 +275,11 @@ async fn who_goes_on_asking_is_not_pinged() {
         ready(Ok(Response::new(Broken(true))))
     });
     let (mut tcp, _serving) = served(service, limits).await;
-    tcp.write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0").await.unwrap();
+    tcp.write_all(&greeting()).await.unwrap();
+    // Longer together than a ping and the time to answer it.
     for n in 0..REQUESTS {
         tcp.write_all(&request(2 * n + 1)).await.unwrap();
-        sleep(Duration::from_millis(12)).await;
+        sleep(Duration::from_millis(15)).await;
     }
     assert_eq!(answered.load(Ordering::SeqCst), usize::from(REQUESTS));
 }
