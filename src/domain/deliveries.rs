@@ -6,7 +6,7 @@ use super::{
     delivery::{Channel, Delivery, DeliveryState, Notification, is_held},
     ids::PaymentId,
     origin::{Origin, origin},
-    payment::Payment,
+    payment::{Payment, Progress},
 };
 
 /// The number of a notification, and where it goes: one delivery among a payment's. In this order they
@@ -99,11 +99,13 @@ impl Payment {
             Some(Listed { notification, channel, delivery, standing })
         })
     }
+}
 
+impl Progress {
     /// Whether anything was given up, and not ordered again since.
     pub fn has_dead(&self) -> bool {
         let dead = |n: &Notification, channel| n.delivery(channel).is_some_and(Delivery::is_dead);
-        self.progress.notifications.iter().any(|n| Channel::ALL.into_iter().any(|c| dead(n, c)))
+        self.notifications.iter().any(|n| Channel::ALL.into_iter().any(|c| dead(n, c)))
     }
 }
 

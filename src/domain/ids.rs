@@ -22,6 +22,9 @@ const APPROVAL_NO_MODULUS: u64 = 10_000_000_000;
 pub struct PaymentId([u8; 16]);
 
 impl PaymentId {
+    /// None is larger.
+    pub const MAX: Self = Self([0xff; 16]);
+
     pub const fn from_bytes(bytes: [u8; 16]) -> Self {
         Self(bytes)
     }

@@ -174,6 +174,13 @@ pub struct Progress {
     pub notified: u32,
 }
 
+impl Progress {
+    /// Nothing will change or be told by itself any more.
+    pub fn is_settled(&self) -> bool {
+        self.state.wakes_at().is_none() && !self.notifications.iter().any(Notification::is_owed)
+    }
+}
+
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Payment {
     pub terms: Arc<Terms>,
@@ -309,12 +316,6 @@ impl Payment {
 
     pub fn refunded_vat(&self) -> Option<u64> {
         self.vat().map(|_| self.progress.refunds.iter().filter_map(|r| r.vat).sum())
-    }
-
-    /// Nothing will change or be told by itself any more.
-    pub fn is_settled(&self) -> bool {
-        self.progress.state.wakes_at().is_none()
-            && !self.progress.notifications.iter().any(Notification::is_owed)
     }
 
     /// When the next delivery of a channel is due.

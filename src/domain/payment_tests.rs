@@ -59,7 +59,7 @@ fn terms_know_what_is_settled_from_the_start() {
             let payment = Payment::create(Arc::new(terms.clone()));
             assert_eq!(
                 terms.are_settled_at_once(),
-                payment.is_settled(),
+                payment.progress.is_settled(),
                 "{scenario:?} {events} {hook:?}"
             );
         }
@@ -318,14 +318,14 @@ fn what_is_over_can_be_ordered_again_and_nothing_else_changes() {
     for verdict in [Verdict::Accepted, Verdict::Refused] {
         let mut over = attempted(&told, webhook, verdict.clone(), NOW);
         for round in 1..=2 {
-            assert_eq!(over.has_dead(), verdict == Verdict::Refused, "round {round}");
+            assert_eq!(over.progress.has_dead(), verdict == Verdict::Refused, "round {round}");
             let later = NOW.plus_ms(round * 100_000);
             let again = after(over.clone(), &[Command::Redeliver(webhook)], later);
             assert_eq!(
-                (again.delivery_due(Channel::Webhook), again.is_settled()),
+                (again.delivery_due(Channel::Webhook), again.progress.is_settled()),
                 (Some(later), false)
             );
-            assert!(!again.has_dead());
+            assert!(!again.progress.has_dead());
             assert_eq!(again.progress.version, over.progress.version);
             assert_eq!(again.progress.updated_at, over.progress.updated_at);
             let body = |p: &Payment| event::body(&p.terms, p.notification(1).expect("it is kept"));
@@ -360,7 +360,7 @@ fn an_order_for_the_dead_leaves_the_rest_and_takes_their_letters_back() {
     assert_eq!((step.answer, step.changed), (Ok(Answer::Redelivered { ordered: 0 }), None));
     let again = after(dead, &[Command::Redeliver(letter)], NOW);
     assert_eq!(again.delivery_due(Channel::DeadLetter), Some(NOW), "a letter may go by itself");
-    assert!(again.has_dead(), "its webhook is dead all the same");
+    assert!(again.progress.has_dead(), "its webhook is dead all the same");
 }
 
 #[test]
@@ -466,7 +466,7 @@ mod lives {
                     payment = attempted(&payment, tried, verdict, now);
                 }
                 let dead = payment.deliveries().any(|one| one.standing == Standing::Dead);
-                prop_assert_eq!(payment.has_dead(), dead);
+                prop_assert_eq!(payment.progress.has_dead(), dead);
                 let step = payment.transition(command.clone(), now);
                 let next = step.changed.unwrap_or_else(|| payment.clone());
                 if let Command::Redeliver(no) = command {
@@ -477,7 +477,7 @@ mod lives {
                     prop_assert_eq!(step.answer.is_ok(), was_over);
                     if was_over {
                         prop_assert_eq!(standing(&next, no), Some(Standing::Owed));
-                        prop_assert!(!next.is_settled());
+                        prop_assert!(!next.progress.is_settled());
                     }
                 }
                 if let Command::RedeliverDead(wanted) = command {

@@ -4,6 +4,7 @@
 use std::{
     collections::BTreeSet,
     ops::{Bound, ControlFlow},
+    sync::Arc,
     time::Duration,
 };
 
@@ -13,7 +14,11 @@ use super::{
     tables::{Span, Table},
     writer::Judged,
 };
-use crate::domain::{ids::PaymentId, payment::Payment, time::Timestamp};
+use crate::domain::{
+    ids::PaymentId,
+    payment::{Payment, Progress},
+    time::Timestamp,
+};
 
 /// Payments judged in one go, to bound memory.
 const LOOK_AHEAD: usize = 8_000;
@@ -53,6 +58,37 @@ struct Row {
     state: Option<Vec<u8>>,
 }
 
+/// What a payment is judged by.
+struct Case {
+    id: PaymentId,
+    progress: Progress,
+    /// The reservation that its draw was counted for.
+    drew: Option<String>,
+}
+
+impl Case {
+    /// Most have a state and drew nothing: of their terms no more is read than says so.
+    fn of(row: &Row) -> Result<Self, StoreError> {
+        let Row { id, terms, state } = row;
+        match state {
+            Some(state) if !record::scenario(terms)?.draws() => {
+                let (_, progress) = record::read_progress(state)?;
+                Ok(Self { id: *id, progress, drew: None })
+            }
+            state => record::payment(terms, state.as_deref()).map(Self::from),
+        }
+    }
+}
+
+impl From<Versioned> for Case {
+    fn from(stored: Versioned) -> Self {
+        let Payment { terms, progress } = stored.payment;
+        let has_counted = terms.idempotency.is_none() && terms.plan.scenario.draws();
+        let drew = has_counted.then(|| terms.reservation_id.clone());
+        Self { id: terms.id, progress, drew }
+    }
+}
+
 impl<'a> Judge<'a> {
     pub fn new(shared: &'a Shared, now: Timestamp, surplus: u64) -> Self {
         let to = shared.horizon.mark();
@@ -89,10 +125,13 @@ impl<'a> Judge<'a> {
     /// At a payment that was kept.
     pub fn look_again(&mut self, id: PaymentId) -> Result<(), StoreError> {
         match self.shared.get(id) {
-            Ok(Some(stored)) => match self.fate(&stored.payment) {
-                Fate::Goes { early } => self.goes(&stored.payment, early),
-                Fate::Stays | Fate::NotYet => {}
-            },
+            Ok(Some(stored)) => {
+                let case = Case::from(Arc::unwrap_or_clone(stored));
+                match self.fate(&case) {
+                    Fate::Goes { early } => self.goes(case, early),
+                    Fate::Stays | Fate::NotYet => {}
+                }
+            }
             Ok(None) | Err(StoreError::Corrupt(_)) => {}
             Err(error) => return Err(error),
         }
@@ -101,10 +140,11 @@ impl<'a> Judge<'a> {
 
     /// At the next payments above the horizon.
     pub fn look_ahead(&mut self) -> Result<(), StoreError> {
-        for Row { id, terms, state } in self.rows()? {
-            match record::payment(&terms, state.as_deref()) {
-                Ok(Versioned { payment, .. }) => match self.fate(&payment) {
-                    Fate::Goes { early } => self.goes(&payment, early),
+        for row in self.rows()? {
+            let id = row.id;
+            match Case::of(&row) {
+                Ok(case) => match self.fate(&case) {
+                    Fate::Goes { early } => self.goes(case, early),
                     Fate::Stays => self.judged.kept.push(id),
                     Fate::NotYet => {
                         self.is_done = true;
@@ -129,32 +169,29 @@ impl<'a> Judge<'a> {
         Ok(())
     }
 
-    fn fate(&self, payment: &Payment) -> Fate {
-        let made_at = payment.terms.id.made_at();
-        if !payment.is_settled() {
+    fn fate(&self, case: &Case) -> Fate {
+        if !case.progress.is_settled() {
             Fate::Stays
-        } else if self.is_expired(payment.progress.updated_at) {
+        } else if self.is_expired(case.progress.updated_at) {
             Fate::Goes { early: false }
         } else if self.surplus > 0 {
             Fate::Goes { early: true }
-        } else if self.is_expired(made_at.plus(PATIENCE)) {
+        } else if self.is_expired(case.id.made_at().plus(PATIENCE)) {
             Fate::Stays
         } else {
             Fate::NotYet
         }
     }
 
-    fn goes(&mut self, payment: &Payment, early: bool) {
-        let terms = &payment.terms;
+    fn goes(&mut self, case: Case, early: bool) {
+        let Case { id, progress, drew } = case;
         self.surplus = self.surplus.saturating_sub(1);
         self.early += u64::from(early);
-        self.judged.gone.push(terms.id);
-        if payment.has_dead() {
-            self.judged.dead.push(terms.id);
+        self.judged.gone.push(id);
+        if progress.has_dead() {
+            self.judged.dead.push(id);
         }
-        if terms.idempotency.is_none() && terms.plan.scenario.draws() {
-            self.judged.drew.insert(terms.reservation_id.clone());
-        }
+        self.judged.drew.extend(drew);
     }
 
     /// The next payments, each with its state: two walks side by side, since each look-up by itself would

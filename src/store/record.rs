@@ -3,7 +3,7 @@
 use std::{ops::Bound, sync::Arc};
 
 use postcard::ser_flavors::Flavor;
-use serde::{Serialize, de::DeserializeOwned};
+use serde::{Deserialize, Serialize};
 
 use super::{
     Revision, StoreError, Versioned,
@@ -12,7 +12,9 @@ use super::{
 };
 use crate::domain::{
     ids::{PaymentId, RequestHash},
-    payment::{Payment, Progress, Terms},
+    money::Money,
+    payment::{Method, Payment, Progress, Terms},
+    scenario::{Plan, Scenario},
     time::Timestamp,
 };
 
@@ -45,7 +47,8 @@ fn encode<T: Serialize>(record: &T, bytes: &mut Vec<u8>) {
         .expect("our records are of known length");
 }
 
-fn decode<T: DeserializeOwned>(bytes: &[u8], what: &str) -> Result<T, StoreError> {
+/// What a record begins with, if `T` is not all of it.
+fn decode<'a, T: Deserialize<'a>>(bytes: &'a [u8], what: &str) -> Result<T, StoreError> {
     let corrupt = |why: String| StoreError::Corrupt(format!("{what}: {why}"));
     match bytes.split_first() {
         Some((&VERSION, record)) => {
@@ -82,13 +85,35 @@ pub fn revision(state: Option<&[u8]>) -> Result<Revision, StoreError> {
     })
 }
 
+/// What a `State` entry says, without its terms.
+pub fn read_progress(state: &[u8]) -> Result<(Revision, Progress), StoreError> {
+    decode::<(u64, Progress)>(state, "state").map(|(n, progress)| (Revision(n), progress))
+}
+
+/// What `Terms` begin with: fields stand in a record in their order.
+#[derive(Deserialize)]
+struct TermsHead<'a> {
+    _id: PaymentId,
+    _reservation_id: &'a [u8],
+    _user_id: &'a [u8],
+    _amount: Money,
+    _vat: Option<u64>,
+    _method: Method,
+    plan: Plan,
+}
+
+/// The scenario of a payment; the rest is not looked at.
+pub fn scenario(terms: &[u8]) -> Result<Scenario, StoreError> {
+    decode::<TermsHead<'_>>(terms, "payment").map(|head| head.plan.scenario)
+}
+
 pub fn payment(terms: &[u8], state: Option<&[u8]>) -> Result<Versioned, StoreError> {
     let terms: Arc<Terms> = Arc::new(decode(terms, "payment")?);
     let Some(state) = state else {
         return Ok(Versioned { payment: Payment::create(terms), revision: Revision(0) });
     };
-    let (revision, progress): (u64, Progress) = decode(state, "state")?;
-    Ok(Versioned { payment: Payment { terms, progress }, revision: Revision(revision) })
+    let (revision, progress) = read_progress(state)?;
+    Ok(Versioned { payment: Payment { terms, progress }, revision })
 }
 
 /// Request hash, then payment id: fixed width, read on every keyed create.
@@ -126,9 +151,8 @@ pub fn index_key(name: [u8; 8], id: PaymentId) -> [u8; 24] {
 
 /// All keys of `Index` under a name, of payments from `oldest` on.
 pub fn index_span(name: [u8; 8], oldest: PaymentId) -> Span {
-    let newest = PaymentId::from_bytes([0xff; 16]);
     let key = |id| Bound::Included(index_key(name, id).to_vec());
-    Span::forwards(key(newest), key(oldest))
+    Span::forwards(key(PaymentId::MAX), key(oldest))
 }
 
 pub fn read_index_id(key: &[u8]) -> Result<PaymentId, StoreError> {
@@ -178,4 +202,22 @@ pub fn number(bytes: &[u8]) -> Result<u64, StoreError> {
 pub fn id(key: &[u8]) -> Result<PaymentId, StoreError> {
     let bytes = key.try_into().map_err(|_| StoreError::Corrupt("id: not 16 bytes".to_owned()))?;
     Ok(PaymentId::from_bytes(bytes))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::domain::payment::tests::payment;
+
+    #[test]
+    fn what_is_read_alone_is_what_the_whole_says() {
+        for scenario in Scenario::ALL {
+            let Payment { terms: whole, progress: changed } = payment(scenario);
+            let (mut bytes, mut state) = (Vec::new(), Vec::new());
+            terms(&whole, &mut bytes);
+            progress(Revision(300), &changed, &mut state);
+            assert_eq!(super::scenario(&bytes), Ok(whole.plan.scenario));
+            assert_eq!(read_progress(&state), Ok((Revision(300), changed)));
+        }
+    }
 }

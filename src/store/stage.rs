@@ -122,7 +122,7 @@ impl Stage {
     /// Keeps the `Dead` table in step with a record: a pure function of what it was and what it becomes.
     pub fn note_dead(&mut self, before: &Payment, after: &Payment) {
         let key = *after.terms.id.bytes();
-        match (before.has_dead(), after.has_dead()) {
+        match (before.progress.has_dead(), after.progress.has_dead()) {
             (false, true) => self.batch.put(Table::Dead, key, []),
             (true, false) => self.batch.delete(Table::Dead, key),
             (false, false) | (true, true) => {}

@@ -129,7 +129,7 @@ impl Original {
 
     /// How many of them are still to be decided.
     fn open(&self) -> usize {
-        self.payments.iter().filter(|payment| !payment.is_settled()).count()
+        self.payments.iter().filter(|payment| !payment.progress.is_settled()).count()
     }
 
     /// What becomes of a copy that was changed like this.
