@@ -531,6 +531,9 @@ async fn what_is_derived_is_found_before_and_after_it_is_in_its_tables(mut bed: 
             _ => {}
         }
         check(&bed, &all[..=n]).await;
+        // From here on fresh keys are told without the tables.
+        bed.upkeep().await;
+        check(&bed, &all[..=n]).await;
     }
     bed.bring_in().await;
     let in_tables = |table| {

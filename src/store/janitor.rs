@@ -37,14 +37,16 @@ const RELIEF_BYTES: u64 = 320 << 20;
 /// once the cheaper, and the longer the more is derived again after a crash.
 const TAIL_LEAVES_AT: usize = 150_000;
 const TAIL_LEAVES_AFTER: Duration = Duration::from_secs(5);
+/// Keys from before the start that are learned in one go, to bound memory.
+const LEARNED_AT_ONCE: usize = 50_000;
 /// Replies forgotten in one commit: more would hold up creates.
 const CHUNK: usize = 500;
 /// Payments kept below the horizon that are looked at again in one go.
 const LOOK_AGAIN: usize = 1_000;
 /// Space is given back by whole files, which take some time to fill.
 const RECLAIM_EVERY: Duration = Duration::from_secs(10);
-/// Of one round; where there is more to drop, the next follows at once.
-const DROPPING_MAX: Duration = Duration::from_millis(500);
+/// Of dropping and of learning in one round; where there is more of either, the next follows at once.
+const STRETCH_MAX: Duration = Duration::from_millis(500);
 /// The cap may be passed by this part of it; where dropping falls further behind, creates are refused.
 const CAP_SLACK: u64 = 20;
 
@@ -131,7 +133,7 @@ impl Janitor {
 }
 
 impl Work {
-    /// False: there is more to drop.
+    /// False: there is more to do.
     fn round(&self) -> bool {
         let _turn = locked(&self.turn);
         self.watch_space();
@@ -145,13 +147,17 @@ impl Work {
         {
             tracing::warn!(%error, "keys and lists could not be brought into their tables");
         }
+        let knows_keys = self.learn_keys().unwrap_or_else(|error| {
+            tracing::warn!(%error, "keys could not be read ahead, and are looked up one by one");
+            true
+        });
         let is_done = self.retain().unwrap_or_else(|error| {
             tracing::warn!(%error, "old payments could not be dropped");
             self.shared.dropping_behind.store(false, Ordering::Relaxed);
             true
         });
         self.keep_marks();
-        is_done
+        is_done && knows_keys
     }
 
     fn watch_space(&self) {
@@ -201,11 +207,24 @@ impl Work {
         let places = layer.index_rows();
         let mut rows = places.iter().map(|key| (&key[..], &[][..]));
         self.shared.tables.ingest(Table::Index, &mut rows)?;
+        self.shared.known.add(layer.keys());
         // All of it is on the disk: only now may the mark move past these payments.
         self.shared.tail.has_left();
         self.marked.store(0, Ordering::Relaxed);
         *locked(&self.brought_in) = Stopwatch::start();
         Ok(())
+    }
+
+    /// Learns which keys there are from before the start. False: there are more.
+    fn learn_keys(&self) -> Result<bool, TablesError> {
+        let Shared { tables, known, horizon, .. } = &*self.shared;
+        // In memory a look-up costs no more than to ask first.
+        let mut is_done = !tables.are_on_disk();
+        let took = Stopwatch::start();
+        while !is_done && took.elapsed() < STRETCH_MAX {
+            is_done = known.learn(&**tables, horizon, LEARNED_AT_ONCE)?;
+        }
+        Ok(is_done)
     }
 
     /// False: it stopped before its end.
@@ -214,7 +233,7 @@ impl Work {
         self.lapse(now)?;
         let took = Stopwatch::start();
         let mut is_done = false;
-        while !is_done && took.elapsed() < DROPPING_MAX {
+        while !is_done && took.elapsed() < STRETCH_MAX {
             is_done = self.pass(now)?;
         }
         let slack = self.shared.retention.payments_max.unwrap_or(u64::MAX) / CAP_SLACK;
@@ -236,6 +255,7 @@ impl Work {
             return Ok(());
         }
         *reclaimed = (Stopwatch::start(), mark);
+        self.shared.known.forget(&self.shared.horizon);
         self.shared.tables.reclaim(&self.shared.horizon).map_err(|error| {
             tracing::warn!(%error, "the space of old payments could not be given back");
             StoreError::Unavailable

@@ -11,6 +11,7 @@ mod gather;
 mod horizon;
 mod janitor;
 mod judge;
+mod known;
 mod lists;
 mod marks;
 mod memory;

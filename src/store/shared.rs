@@ -15,6 +15,7 @@ use super::{
     Health, OnCommit, Remembered, StoreError, Versioned,
     book::{Book, Dues},
     horizon::Horizon,
+    known::KnownKeys,
     marks::meta,
     open::OpenPayments,
     record,
@@ -49,6 +50,7 @@ pub struct Shared {
     pub book: Arc<Book>,
     pub open: OpenPayments,
     pub tail: Tail,
+    pub known: KnownKeys,
     pub horizon: Arc<Horizon>,
     pub secret: StoreSecret,
     pub retention: Retention,
@@ -121,6 +123,8 @@ impl Shared {
     /// What is known under the key of a create.
     pub fn created(&self, key: KeyHash, now: Timestamp) -> Result<Option<Remembered>, StoreError> {
         let known = match self.tail.key(key) {
+            // In this order: what leaves the tail is known before.
+            None if !self.known.may_have(key) => None,
             None => self.read(Table::Key, &key.0)?.map(|bytes| record::read_created(&bytes)),
             known => known.map(Ok),
         };

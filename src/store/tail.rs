@@ -193,6 +193,12 @@ impl Layer {
         })
     }
 
+    /// All keys, and whose they are.
+    pub fn keys(&self) -> impl Iterator<Item = (KeyHash, PaymentId)> {
+        let all = self.parts.iter().flat_map(|part| &part.keys);
+        all.map(|(key, (_, id))| (*key, *id))
+    }
+
     /// Rows of `Key`, as they are to be brought in.
     pub fn key_rows(&self) -> Vec<([u8; 16], [u8; 32])> {
         let mut rows = Vec::with_capacity(self.payments);
