@@ -41,7 +41,9 @@ const COMMITS_MAX: usize = 2_000;
 const TAIL_MAX: usize = 1_000_000;
 /// A sync costs some 0.2 ms of CPU, for one commit as for a hundred. Fewer commits than are load come from callers
 /// that wait for one answer before they ask again: they get it at once.
-const SYNCS: pace::Rules = pace::Rules { every: Duration::from_millis(2), busy: 8, company: 250 };
+const SYNCS: pace::Rules = pace::Rules { every: Duration::from_millis(3), busy: 8, company: 150 };
+/// How often it looks for company while it waits.
+const LOOK_EVERY: Duration = Duration::from_micros(500);
 /// Marks are written along with a batch, at most this often.
 const MARKS_EVERY: Duration = Duration::from_secs(1);
 
@@ -171,8 +173,11 @@ impl Writer {
         let mut pace = Pace::new(SYNCS);
         while self.jobs.blocking_recv_many(&mut jobs, JOBS_MAX) > 0 {
             let commits = |jobs: &[Job]| jobs.iter().map(Job::commits).sum();
-            if are_synced && let Some(wait) = pace.wait(commits(&jobs)) {
-                std::thread::sleep(wait);
+            while are_synced
+                && jobs.len() < JOBS_MAX
+                && let Some(wait) = pace.wait(commits(&jobs))
+            {
+                std::thread::sleep(wait.min(LOOK_EVERY));
                 while jobs.len() < JOBS_MAX
                     && let Ok(job) = self.jobs.try_recv()
                 {
