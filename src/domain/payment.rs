@@ -639,6 +639,10 @@ impl Payment {
         self.progress.notified += 1;
         let snapshot = self.snapshot(at, refund);
         let n = self.progress.notified;
+        if self.progress.notifications.is_empty() {
+            // Most payments tell one thing, and tens of thousands are open at a time: no room for three more.
+            self.progress.notifications.reserve_exact(1);
+        }
         self.progress.notifications.push(Notification { n, topic, snapshot, event, webhook });
     }
 

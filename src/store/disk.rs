@@ -59,8 +59,8 @@ const JOURNAL_BYTES: u64 = 128 << 20;
 const WORKER_THREADS: usize = 1;
 const KEY_FILTER_BITS: f32 = 10.0;
 /// Of what is derived, tables that are merged at once. Keys and names are hashes: each merge rewrites all of the next
-/// level, and so the more go together the cheaper. A fresh key is looked for in the filters of all that still wait.
-const MERGED_AT_ONCE: u8 = 12;
+/// level, and so the more go together the cheaper. A list, and a known key, is looked for in all that still wait.
+const MERGED_AT_ONCE: u8 = 24;
 /// Of a merged file of what is derived. The level that is rewritten is as large as `MERGED_AT_ONCE` of them.
 const DERIVED_FILE_BYTES: u64 = 16 << 20;
 

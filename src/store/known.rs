@@ -25,9 +25,9 @@ use crate::domain::ids::{KeyHash, PaymentId};
 const KEYS_MIN: usize = 1 << 18;
 /// So that what retention drops leaves memory by parts.
 const KEYS_MAX: usize = 1 << 22;
-/// With these one fresh key in forty is looked up all the same.
-const BITS_PER_KEY: usize = 8;
-const HASHES: u32 = 4;
+/// With these a full filter says yes to one fresh key in two hundred.
+const BITS_PER_KEY: usize = 12;
+const HASHES: u32 = 5;
 
 pub struct KnownKeys {
     filters: RwLock<Vec<Filter>>,
@@ -208,7 +208,7 @@ mod tests {
         assert_eq!(known.filters().len(), 2, "what has no room in one is in the next");
         assert_eq!(known_of(&known, 0..full + 10), KEYS_MIN + 10);
         let guessed = known_of(&known, 2 * full..3 * full);
-        assert!(guessed < KEYS_MIN / 30, "{guessed} of {KEYS_MIN}");
+        assert!(guessed < KEYS_MIN / 150, "{guessed} of {KEYS_MIN}");
     }
 
     #[test]
