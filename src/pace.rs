@@ -10,20 +10,23 @@ pub struct Rules {
     pub every: Duration,
     /// So much in a round is load. Less is work that nothing follows: the next is taken up at once.
     pub busy: usize,
-    /// So much is company enough.
+    /// So much is company enough. So is as much as has been usual: callers that all wait for an answer bring no more.
     pub company: usize,
 }
+
+/// Rounds whose largest says what is usual.
+const RECENT: usize = 8;
 
 pub struct Pace {
     rules: Rules,
     began: Stopwatch,
-    /// In the round that began then.
-    taken: usize,
+    /// In the last rounds, the one that began then being the last.
+    taken: [usize; RECENT],
 }
 
 impl Pace {
     pub fn new(rules: Rules) -> Self {
-        Self { rules, began: Stopwatch::start(), taken: 0 }
+        Self { rules, began: Stopwatch::start(), taken: [0; RECENT] }
     }
 
     /// How long a round of so much is still put off.
@@ -34,12 +37,16 @@ impl Pace {
     /// The one before having begun `ago`.
     fn wait_after(&self, waiting: usize, ago: Duration) -> Option<Duration> {
         let Rules { every, busy, company } = self.rules;
-        let is_alone = self.taken >= busy && waiting < company;
+        let [.., last] = self.taken;
+        let usual = self.taken.into_iter().fold(0, usize::max);
+        let is_alone = last >= busy && waiting < company.min(usual);
         is_alone.then(|| every.checked_sub(ago)).flatten()
     }
 
     pub fn begin(&mut self, taken: usize) {
-        *self = Self { rules: self.rules, began: Stopwatch::start(), taken };
+        self.began = Stopwatch::start();
+        self.taken.rotate_left(1);
+        self.taken[RECENT - 1] = taken;
     }
 }
 
@@ -51,15 +58,21 @@ mod tests {
 
     #[test]
     fn under_load_a_round_waits_for_company_and_what_comes_alone_never() {
-        let after = |taken| {
+        let after_all = |rounds: &[usize]| {
             let mut pace = Pace::new(RULES);
-            pace.begin(taken);
+            rounds.iter().for_each(|taken| pace.begin(*taken));
             pace
         };
+        let after = |taken| after_all(&[300, taken]);
         let (soon, late) = (Duration::from_micros(500), Duration::from_millis(3));
         assert_eq!(after(100).wait_after(20, soon), Some(Duration::from_micros(1_500)));
         assert_eq!(after(100).wait_after(20, late), None);
         assert_eq!(after(100).wait_after(RULES.company, soon), None);
         assert_eq!(after(1).wait_after(1, soon), None);
+        let closed = after_all(&[64; 3]);
+        assert_eq!(closed.wait_after(64, soon), None, "all who ask have asked");
+        assert!(closed.wait_after(63, soon).is_some());
+        let slowed = after_all(&[300, 20, 20, 20, 20, 20, 20, 20, 20]);
+        assert_eq!(slowed.wait_after(20, soon), None, "what was usual long ago is not");
     }
 }

@@ -41,7 +41,7 @@ const COMMITS_MAX: usize = 2_000;
 const TAIL_MAX: usize = 1_000_000;
 /// A sync costs some 0.2 ms of CPU, for one commit as for a hundred. Fewer commits than are load come from callers
 /// that wait for one answer before they ask again: they get it at once.
-const SYNCS: pace::Rules = pace::Rules { every: Duration::from_millis(3), busy: 8, company: 150 };
+const SYNCS: pace::Rules = pace::Rules { every: Duration::from_millis(2), busy: 8, company: 150 };
 /// How often it looks for company while it waits.
 const LOOK_EVERY: Duration = Duration::from_micros(500);
 /// Marks are written along with a batch, at most this often.
@@ -136,6 +136,10 @@ pub struct Judged {
     pub drew: BTreeSet<String>,
 }
 
+fn commits(jobs: &[Job]) -> usize {
+    jobs.iter().map(Job::commits).sum()
+}
+
 /// How many of the jobs go into the next sync: one at least.
 fn fitting(jobs: &[Job]) -> usize {
     let mut commits = 0;
@@ -172,17 +176,8 @@ impl Writer {
         let are_synced = self.shared.tables.are_on_disk();
         let mut pace = Pace::new(SYNCS);
         while self.jobs.blocking_recv_many(&mut jobs, JOBS_MAX) > 0 {
-            let commits = |jobs: &[Job]| jobs.iter().map(Job::commits).sum();
-            while are_synced
-                && jobs.len() < JOBS_MAX
-                && let Some(wait) = pace.wait(commits(&jobs))
-            {
-                std::thread::sleep(wait.min(LOOK_EVERY));
-                while jobs.len() < JOBS_MAX
-                    && let Ok(job) = self.jobs.try_recv()
-                {
-                    jobs.push(job);
-                }
+            if are_synced {
+                self.wait_for_company(&pace, &mut jobs);
             }
             pace.begin(commits(&jobs));
             while !jobs.is_empty() {
@@ -191,6 +186,19 @@ impl Writer {
                     // What came after is answered by being dropped: nothing more is taken.
                     return;
                 }
+            }
+        }
+    }
+
+    fn wait_for_company(&mut self, pace: &Pace, jobs: &mut Vec<Job>) {
+        while jobs.len() < JOBS_MAX
+            && let Some(wait) = pace.wait(commits(jobs))
+        {
+            std::thread::sleep(wait.min(LOOK_EVERY));
+            while jobs.len() < JOBS_MAX
+                && let Ok(job) = self.jobs.try_recv()
+            {
+                jobs.push(job);
             }
         }
     }
