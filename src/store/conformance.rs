@@ -477,16 +477,21 @@ async fn a_counter_goes_with_the_last_payment_of_its_reservation(mut bed: Bed) {
 async fn settled_payments_go_after_their_time(bed: Bed) {
     let done = bed.payment(1, Scenario::Approve, Some((1, 1)));
     let owed = bed.payment(2, Scenario::Approve, None);
-    bed.create(&done).await.unwrap();
-    bed.create(&owed).await.unwrap();
+    let mut untold = (*bed.payment(5, Scenario::Approve, None).terms).clone();
+    untold.webhook_url = None;
+    let untold = Payment::create(Arc::new(untold));
+    for payment in [&done, &owed, &untold] {
+        bed.create(payment).await.unwrap();
+    }
     bed.clock.advance(Duration::from_secs(2));
     bed.deliver(&done).await;
     bed.clock.advance(DAY - Duration::from_secs(3));
     bed.upkeep().await;
     assert!(bed.get(&done).await.is_some(), "a second too early");
+    assert!(bed.get(&untold).await.is_some(), "it has no state of its own");
     bed.clock.advance(Duration::from_secs(2));
     bed.upkeep().await;
-    assert!(bed.get(&done).await.is_none());
+    assert!(bed.get(&done).await.is_none() && bed.get(&untold).await.is_none());
     assert!(bed.get(&owed).await.is_some(), "it still owes something");
     assert_eq!(bed.page(any()).await.payments.len(), 1);
     let by_user = ListQuery { user: Some("user-1".into()), ..any() };
@@ -862,6 +867,7 @@ async fn a_store_of_an_older_format_is_read_and_becomes_one_of_this() {
         }
         for _ in 0..2 {
             bed.store = Some(bed.open().unwrap());
+            bed.upkeep().await;
             assert_eq!(std::fs::read_to_string(folder.join("FORMAT")).unwrap(), "4\n");
             let again = bed.payment(9, Scenario::Approve, Some((1, 1)));
             assert!(matches!(bed.create(&again).await, Ok(Committed::Replayed(_))));

@@ -47,8 +47,7 @@ const DERIVED_FOLDER: &str = "derived";
 /// Of a keyspace, as the engine calls it.
 const FILES_FOLDER: &str = "tables";
 
-/// Of each engine. Fresh keys are looked up with every keyed create: with 20 M keys a smaller cache makes
-/// each cost twenty times as much.
+/// Of each engine: blocks that are read again, of payments as of keys.
 const CACHE_BYTES: u64 = 96 << 20;
 /// With each memtable that is flushed the engine notes its new files, and lets nobody write or read meanwhile: five
 /// syncs, 10 to 40 ms under load. So they are few. A store keeps what it was made with.
@@ -59,10 +58,12 @@ const JOURNAL_BYTES: u64 = 128 << 20;
 const WORKER_THREADS: usize = 1;
 const KEY_FILTER_BITS: f32 = 10.0;
 /// Of what is derived, tables that are merged at once. Keys and names are hashes: each merge rewrites all of the next
-/// level, and so the more go together the cheaper. A list, and a known key, is looked for in all that still wait.
-const MERGED_AT_ONCE: u8 = 24;
-/// Of a merged file of what is derived. The level that is rewritten is as large as `MERGED_AT_ONCE` of them.
-const DERIVED_FILE_BYTES: u64 = 16 << 20;
+/// level, and so the more go together the cheaper. A list, and a known key, is looked for in all that still wait. A
+/// store keeps what it was made with.
+const MERGED_AT_ONCE: u8 = 16;
+/// Of a merged file of what is derived. The level that is rewritten is as large as `MERGED_AT_ONCE` of them: with the
+/// files that come, that is what a merge needs room for, and so less than the reserve.
+const DERIVED_FILE_BYTES: u64 = 8 << 20;
 
 /// Two engines: whoever brings rows in holds up its engine's commits until they are on the disk, and so what
 /// is brought in is not where commits go.

@@ -1,5 +1,5 @@
-//! Upkeep, once a second on a thread of its own: free space, the high-water mark, what is derived, and
-//! retention.
+//! Upkeep, once a second on a thread of its own: free space, the high-water mark, what is derived, retention, and
+//! which keys are known.
 
 use std::{
     ops::{Bound, ControlFlow},
@@ -118,6 +118,7 @@ impl Janitor {
 
     #[cfg(test)]
     pub fn bring_in(&self) {
+        let _turn = locked(&self.work.turn);
         self.work.bring_in().expect("tables that take rows");
     }
 
@@ -147,15 +148,13 @@ impl Work {
         {
             tracing::warn!(%error, "keys and lists could not be brought into their tables");
         }
-        let knows_keys = self.learn_keys().unwrap_or_else(|error| {
-            tracing::warn!(%error, "keys could not be read ahead, and are looked up one by one");
-            true
-        });
         let is_done = self.retain().unwrap_or_else(|error| {
             tracing::warn!(%error, "old payments could not be dropped");
             self.shared.dropping_behind.store(false, Ordering::Relaxed);
             true
         });
+        // Dropping goes first: where it falls behind, creates are refused.
+        let knows_keys = is_done && self.learn_keys();
         self.keep_marks();
         is_done && knows_keys
     }
@@ -216,15 +215,18 @@ impl Work {
     }
 
     /// Learns which keys there are from before the start. False: there are more.
-    fn learn_keys(&self) -> Result<bool, TablesError> {
+    fn learn_keys(&self) -> bool {
         let Shared { tables, known, horizon, .. } = &*self.shared;
         // In memory a look-up costs no more than to ask first.
         let mut is_done = !tables.are_on_disk();
         let took = Stopwatch::start();
         while !is_done && took.elapsed() < STRETCH_MAX {
-            is_done = known.learn(&**tables, horizon, LEARNED_AT_ONCE)?;
+            is_done = known.learn(&**tables, horizon, LEARNED_AT_ONCE).unwrap_or_else(|error| {
+                tracing::warn!(%error, "keys cannot be read ahead; until the next start they are looked up one by one");
+                true
+            });
         }
-        Ok(is_done)
+        is_done
     }
 
     /// False: it stopped before its end.

@@ -67,7 +67,8 @@ struct Case {
 }
 
 impl Case {
-    /// Most have a state and drew nothing: of their terms no more is read than says so.
+    /// Most have a state and drew nothing: of their terms no more is read than says so, and where the rest is damaged
+    /// they go all the same.
     fn of(row: &Row) -> Result<Self, StoreError> {
         let Row { id, terms, state } = row;
         match state {

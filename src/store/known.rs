@@ -2,13 +2,13 @@
 //! might be in. Filters in memory say no at a tenth of the price.
 //!
 //! They are made again at every start, by a walk through the table. Until that is over, and where one of them says
-//! yes, the table itself is asked.
+//! yes, the table itself is asked; so it is for good where the walk meets rows that it cannot read.
 
 use std::{
     ops::{Bound, ControlFlow},
     sync::{
-        Arc, Mutex, PoisonError, RwLock, RwLockReadGuard,
-        atomic::{AtomicBool, Ordering},
+        Arc, Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard,
+        atomic::{AtomicU8, Ordering},
     },
 };
 
@@ -23,7 +23,8 @@ use crate::domain::ids::{KeyHash, PaymentId};
 
 /// Of the first filter; each further one has room for as many as all before it.
 const KEYS_MIN: usize = 1 << 18;
-/// So that what retention drops leaves memory by parts.
+/// So that what retention drops leaves memory by parts. What was learned at the start does so with the last payment from
+/// before.
 const KEYS_MAX: usize = 1 << 22;
 /// With these a full filter says yes to one fresh key in two hundred.
 const BITS_PER_KEY: usize = 12;
@@ -31,16 +32,28 @@ const HASHES: u32 = 5;
 
 pub struct KnownKeys {
     filters: RwLock<Vec<Filter>>,
-    /// The walk has come to the end: what the filters do not have is not in the table.
-    are_whole: AtomicBool,
+    /// A [`Knowledge`].
+    knowledge: AtomicU8,
     /// Where the walk goes on.
     ahead: Mutex<Bound<Vec<u8>>>,
 }
 
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Knowledge {
+    Growing,
+    /// What the filters do not have is not in the table.
+    Whole,
+    /// It cannot become whole.
+    None,
+}
+
 impl Default for KnownKeys {
     fn default() -> Self {
-        let ahead = Mutex::new(Bound::Unbounded);
-        Self { filters: RwLock::default(), are_whole: AtomicBool::new(false), ahead }
+        Self {
+            filters: RwLock::default(),
+            knowledge: AtomicU8::new(Knowledge::Growing as u8),
+            ahead: Mutex::new(Bound::Unbounded),
+        }
     }
 }
 
@@ -76,26 +89,51 @@ impl KnownKeys {
         self.filters.read().unwrap_or_else(PoisonError::into_inner)
     }
 
+    fn filters_mut(&self) -> RwLockWriteGuard<'_, Vec<Filter>> {
+        self.filters.write().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn is(&self, knowledge: Knowledge) -> bool {
+        self.knowledge.load(Ordering::Acquire) == knowledge as u8
+    }
+
+    fn set(&self, knowledge: Knowledge) {
+        self.knowledge.store(knowledge as u8, Ordering::Release);
+    }
+
     /// Whether the table need be asked.
     pub fn may_have(&self, key: KeyHash) -> bool {
         let hash = hash(key);
-        !self.are_whole() || self.filters().iter().any(|filter| filter.bits.contains_hash(hash))
+        !self.is(Knowledge::Whole)
+            || self.filters().iter().any(|filter| filter.bits.contains_hash(hash))
     }
 
-    fn are_whole(&self) -> bool {
-        self.are_whole.load(Ordering::Acquire)
-    }
-
-    /// Reads some more of the table. False: that was not all.
+    /// Reads some more of the table. False: that was not all. After an error there is no use in more.
     pub fn learn(
         &self,
         tables: &dyn Tables,
         horizon: &Horizon,
         rows_max: usize,
     ) -> Result<bool, TablesError> {
-        if self.are_whole() {
+        if !self.is(Knowledge::Growing) {
             return Ok(true);
         }
+        let is_over = self.walk(tables, horizon, rows_max).inspect_err(|_| {
+            self.set(Knowledge::None);
+            self.filters_mut().clear();
+        })?;
+        if is_over {
+            self.set(Knowledge::Whole);
+        }
+        Ok(is_over)
+    }
+
+    fn walk(
+        &self,
+        tables: &dyn Tables,
+        horizon: &Horizon,
+        rows_max: usize,
+    ) -> Result<bool, TablesError> {
         let mut ahead = self.ahead.lock().unwrap_or_else(PoisonError::into_inner);
         let (mut rows, mut last, mut keys) = (0, Vec::new(), Vec::new());
         tables.scan(
@@ -104,9 +142,8 @@ impl KnownKeys {
             &mut |key, row| {
                 // Where the row cannot be read, its key is never free.
                 let id = record::read_created(row).map_or(PaymentId::MAX, |(_, id)| id);
-                keys.extend(
-                    key.try_into().ok().filter(|_| horizon.has(id)).map(|key| (KeyHash(key), id)),
-                );
+                let known = key.try_into().ok().filter(|_| horizon.has(id));
+                keys.extend(known.map(|key| (KeyHash(key), id)));
                 last.clear();
                 last.extend_from_slice(key);
                 rows += 1;
@@ -114,27 +151,26 @@ impl KnownKeys {
             },
         )?;
         self.add(keys.into_iter());
-        if rows == rows_max {
-            *ahead = Bound::Excluded(last);
-        } else {
-            self.are_whole.store(true, Ordering::Release);
-        }
-        Ok(self.are_whole())
+        *ahead = Bound::Excluded(last);
+        Ok(rows < rows_max)
     }
 
-    /// Keys of the table, and whose they are. To be called before anybody relies on the table for them, by one
-    /// thread at a time.
+    /// Keys of the table, and whose they are. To be called before anybody relies on the table for them, and beside
+    /// nothing else that changes filters.
     pub fn add(&self, keys: impl Iterator<Item = (KeyHash, PaymentId)>) {
+        if self.is(Knowledge::None) {
+            return;
+        }
         let mut keys = keys.peekable();
         while keys.peek().is_some() {
-            let (bits, room) = self.room();
+            let (bits, room) = self.filling();
             let (mut count, mut oldest, mut newest) = (0, PaymentId::MAX, PaymentId::default());
             for (key, id) in keys.by_ref().take(room) {
                 bits.insert_hash(hash(key));
                 count += 1;
                 (oldest, newest) = (oldest.min(id), newest.max(id));
             }
-            let mut filters = self.filters.write().unwrap_or_else(PoisonError::into_inner);
+            let mut filters = self.filters_mut();
             let last = filters.last_mut().expect("there is the one with room");
             last.keys += count;
             (last.oldest, last.newest) = (last.oldest.min(oldest), last.newest.max(newest));
@@ -142,7 +178,7 @@ impl KnownKeys {
     }
 
     /// The filter that is filled just now, and how many keys it has room for.
-    fn room(&self) -> (Arc<AtomicBloomFilter>, usize) {
+    fn filling(&self) -> (Arc<AtomicBloomFilter>, usize) {
         let all: usize = {
             let filters = self.filters();
             if let Some(last) = filters.last().filter(|last| last.keys < last.room) {
@@ -152,18 +188,18 @@ impl KnownKeys {
         };
         // Made without the lock, which those who commit wait for.
         let next = Filter::with_room(all.clamp(KEYS_MIN, KEYS_MAX));
-        let room = (Arc::clone(&next.bits), next.room);
-        self.filters.write().unwrap_or_else(PoisonError::into_inner).push(next);
-        room
+        let filling = (Arc::clone(&next.bits), next.room);
+        self.filters_mut().push(next);
+        filling
     }
 
     /// Drops the filters whose payments are all gone: their keys are free.
     pub fn forget(&self, horizon: &Horizon) {
-        let is_gone = |filter: &Filter| horizon.is_gone(filter.oldest, filter.newest);
-        if self.filters().iter().any(is_gone) {
-            let mut filters = self.filters.write().unwrap_or_else(PoisonError::into_inner);
-            filters.retain(|filter| !is_gone(filter));
-        }
+        let is_gone =
+            |filter: &mut Filter| filter.keys > 0 && horizon.is_gone(filter.oldest, filter.newest);
+        let gone: Vec<_> = self.filters_mut().extract_if(.., is_gone).collect();
+        // Freed without the lock.
+        drop(gone);
     }
 }
 
@@ -172,7 +208,10 @@ mod tests {
     use super::*;
     use crate::{
         domain::{ids::RequestHash, time::Timestamp},
-        store::{memory::Memory, tables::Batch},
+        store::{
+            memory::Memory,
+            tables::{Batch, Rows, Visit},
+        },
     };
 
     fn id(n: u128) -> PaymentId {
@@ -232,6 +271,72 @@ mod tests {
         assert_eq!(there, [3, 5, 6, 7, 8, 9, 10], "what is gone is as good as not there");
         known.forget(&horizon);
         assert!(known.may_have(key(10)));
+    }
+
+    /// Gives so many rows out, and no more.
+    struct Damaged(Memory, usize);
+
+    impl Tables for Damaged {
+        fn are_on_disk(&self) -> bool {
+            true
+        }
+
+        fn scan(&self, table: Table, span: Span, visit: Visit<'_>) -> Result<(), TablesError> {
+            let mut left = self.1;
+            self.0.scan(table, span, &mut |key, row| {
+                if left == 0 {
+                    return ControlFlow::Break(());
+                }
+                left -= 1;
+                visit(key, row)
+            })?;
+            if left == 0 { Err(TablesError("a damaged block".to_owned())) } else { Ok(()) }
+        }
+
+        fn get(&self, table: Table, key: &[u8]) -> Result<Option<Vec<u8>>, TablesError> {
+            self.0.get(table, key)
+        }
+
+        fn write(&self, batch: &Batch) -> Result<(), TablesError> {
+            self.0.write(batch)
+        }
+
+        fn ingest(&self, table: Table, rows: Rows<'_>) -> Result<(), TablesError> {
+            self.0.ingest(table, rows)
+        }
+
+        fn reclaim(&self, horizon: &Horizon) -> Result<(), TablesError> {
+            self.0.reclaim(horizon)
+        }
+
+        fn free_space(&self) -> Option<u64> {
+            self.0.free_space()
+        }
+
+        fn note_high_water(&self, sequence: u64) -> Result<(), TablesError> {
+            self.0.note_high_water(sequence)
+        }
+
+        fn high_water(&self) -> Result<u64, TablesError> {
+            self.0.high_water()
+        }
+    }
+
+    #[test]
+    fn where_rows_cannot_be_read_all_may_be_there() {
+        let memory = Memory::default();
+        let mut batch = Batch::default();
+        for n in 0..10 {
+            batch.put(Table::Key, key(n).0, record::created(RequestHash([1; 16]), id(n)));
+        }
+        memory.write(&batch).unwrap();
+        let (tables, known) = (Damaged(memory, 5), KnownKeys::default());
+        let horizon = Horizon::default();
+        assert!(known.learn(&tables, &horizon, 100).is_err());
+        assert!(known.learn(&tables, &horizon, 100).unwrap(), "no use in more");
+        add(&known, 20..30);
+        assert!(known.filters().is_empty());
+        assert_eq!(known_of(&known, 0..100), 100);
     }
 
     #[test]
