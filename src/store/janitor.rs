@@ -38,15 +38,17 @@ const RELIEF_BYTES: u64 = 320 << 20;
 const TAIL_LEAVES_AT: usize = 150_000;
 const TAIL_LEAVES_AFTER: Duration = Duration::from_secs(5);
 /// Keys from before the start that are learned in one go, to bound memory.
-const LEARNED_AT_ONCE: usize = 50_000;
+const LEARNED_AT_ONCE: usize = 20_000;
 /// Replies forgotten in one commit: more would hold up creates.
 const CHUNK: usize = 500;
 /// Payments kept below the horizon that are looked at again in one go.
 const LOOK_AGAIN: usize = 1_000;
 /// Space is given back by whole files, which take some time to fill.
 const RECLAIM_EVERY: Duration = Duration::from_secs(10);
-/// Of dropping and of learning in one round; where there is more of either, the next follows at once.
-const STRETCH_MAX: Duration = Duration::from_millis(500);
+/// Of one round; where there is more to drop, the next follows at once.
+const DROPPING_MAX: Duration = Duration::from_millis(500);
+/// Of one round: a twentieth of a core, for a minute where there are 5 M keys.
+const LEARNING_MAX: Duration = Duration::from_millis(50);
 /// The cap may be passed by this part of it; where dropping falls further behind, creates are refused.
 const CAP_SLACK: u64 = 20;
 
@@ -134,7 +136,7 @@ impl Janitor {
 }
 
 impl Work {
-    /// False: there is more to do.
+    /// False: there is more to drop.
     fn round(&self) -> bool {
         let _turn = locked(&self.turn);
         self.watch_space();
@@ -153,10 +155,9 @@ impl Work {
             self.shared.dropping_behind.store(false, Ordering::Relaxed);
             true
         });
-        // Dropping goes first: where it falls behind, creates are refused.
-        let knows_keys = is_done && self.learn_keys();
+        self.learn_keys();
         self.keep_marks();
-        is_done && knows_keys
+        is_done
     }
 
     fn watch_space(&self) {
@@ -214,19 +215,18 @@ impl Work {
         Ok(())
     }
 
-    /// Learns which keys there are from before the start. False: there are more.
-    fn learn_keys(&self) -> bool {
+    /// Learns which keys there are from before the start, some in each round: nobody waits for them.
+    fn learn_keys(&self) {
         let Shared { tables, known, horizon, .. } = &*self.shared;
         // In memory a look-up costs no more than to ask first.
         let mut is_done = !tables.are_on_disk();
         let took = Stopwatch::start();
-        while !is_done && took.elapsed() < STRETCH_MAX {
+        while !is_done && took.elapsed() < LEARNING_MAX {
             is_done = known.learn(&**tables, horizon, LEARNED_AT_ONCE).unwrap_or_else(|error| {
                 tracing::warn!(%error, "keys cannot be read ahead; until the next start they are looked up one by one");
                 true
             });
         }
-        is_done
     }
 
     /// False: it stopped before its end.
@@ -235,7 +235,7 @@ impl Work {
         self.lapse(now)?;
         let took = Stopwatch::start();
         let mut is_done = false;
-        while !is_done && took.elapsed() < STRETCH_MAX {
+        while !is_done && took.elapsed() < DROPPING_MAX {
             is_done = self.pass(now)?;
         }
         let slack = self.shared.retention.payments_max.unwrap_or(u64::MAX) / CAP_SLACK;
