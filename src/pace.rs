@@ -10,8 +10,10 @@ pub struct Rules {
     pub every: Duration,
     /// So much in a round is load. Less is work that nothing follows: the next is taken up at once.
     pub busy: usize,
-    /// So much is company enough. So is as much as has been usual: callers that all wait for an answer bring no more.
+    /// So much is company enough.
     pub company: usize,
+    /// Who brings it waits for it: as much as has been usual is company enough too, since no more may come before.
+    pub is_awaited: bool,
 }
 
 /// Rounds whose largest says what is usual.
@@ -36,10 +38,11 @@ impl Pace {
 
     /// The one before having begun `ago`.
     fn wait_after(&self, waiting: usize, ago: Duration) -> Option<Duration> {
-        let Rules { every, busy, company } = self.rules;
+        let Rules { every, busy, company, is_awaited } = self.rules;
         let [.., last] = self.taken;
         let usual = self.taken.into_iter().fold(0, usize::max);
-        let is_alone = last >= busy && waiting < company.min(usual);
+        let enough = if is_awaited { company.min(usual) } else { company };
+        let is_alone = last >= busy && waiting < enough;
         is_alone.then(|| every.checked_sub(ago)).flatten()
     }
 
@@ -54,7 +57,8 @@ impl Pace {
 mod tests {
     use super::*;
 
-    const RULES: Rules = Rules { every: Duration::from_millis(2), busy: 8, company: 250 };
+    const RULES: Rules =
+        Rules { every: Duration::from_millis(2), busy: 8, company: 250, is_awaited: true };
 
     #[test]
     fn under_load_a_round_waits_for_company_and_what_comes_alone_never() {
@@ -71,6 +75,8 @@ mod tests {
         assert_eq!(after(1).wait_after(1, soon), None);
         let closed = after_all(&[64; 3]);
         assert_eq!(closed.wait_after(64, soon), None, "all who ask have asked");
+        let unawaited = Pace { rules: Rules { is_awaited: false, ..RULES }, ..after_all(&[64; 3]) };
+        assert!(unawaited.wait_after(64, soon).is_some(), "more comes all the same");
         assert!(closed.wait_after(63, soon).is_some());
         let slowed = after_all(&[300, 20, 20, 20, 20, 20, 20, 20, 20]);
         assert_eq!(slowed.wait_after(20, soon), None, "what was usual long ago is not");

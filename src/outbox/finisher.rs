@@ -21,7 +21,7 @@ const BATCH: usize = 500;
 /// Under load they wait for each other: what came of a payment's event and of its webhook then goes into one commit.
 /// A crash in between has them attempted once more.
 const WRITES: pace::Rules =
-    pace::Rules { every: Duration::from_millis(20), busy: 16, company: BATCH };
+    pace::Rules { every: Duration::from_millis(20), busy: 16, company: BATCH, is_awaited: false };
 /// Results that wait to be written back.
 const QUEUE: usize = 4_096;
 /// How often a result is tried against a payment that others change at the same time.

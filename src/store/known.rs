@@ -43,8 +43,8 @@ enum Knowledge {
     Growing,
     /// What the filters do not have is not in the table.
     Whole,
-    /// It cannot become whole.
-    None,
+    /// It cannot become whole: the table has rows that cannot be read.
+    Unreadable,
 }
 
 impl Default for KnownKeys {
@@ -119,7 +119,7 @@ impl KnownKeys {
             return Ok(true);
         }
         let is_over = self.walk(tables, horizon, rows_max).inspect_err(|_| {
-            self.set(Knowledge::None);
+            self.set(Knowledge::Unreadable);
             self.filters_mut().clear();
         })?;
         if is_over {
@@ -150,18 +150,18 @@ impl KnownKeys {
                 if rows == rows_max { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
             },
         )?;
-        self.add(keys.into_iter());
+        self.add(keys);
         *ahead = Bound::Excluded(last);
         Ok(rows < rows_max)
     }
 
     /// Keys of the table, and whose they are. To be called before anybody relies on the table for them, and beside
     /// nothing else that changes filters.
-    pub fn add(&self, keys: impl Iterator<Item = (KeyHash, PaymentId)>) {
-        if self.is(Knowledge::None) {
+    pub fn add(&self, keys: impl IntoIterator<Item = (KeyHash, PaymentId)>) {
+        if self.is(Knowledge::Unreadable) {
             return;
         }
-        let mut keys = keys.peekable();
+        let mut keys = keys.into_iter().peekable();
         while keys.peek().is_some() {
             let (bits, room) = self.filling();
             let (mut count, mut oldest, mut newest) = (0, PaymentId::MAX, PaymentId::default());

@@ -41,7 +41,8 @@ const COMMITS_MAX: usize = 2_000;
 const TAIL_MAX: usize = 1_000_000;
 /// A sync costs some 0.2 ms of CPU, for one commit as for a hundred. Fewer commits than are load come from callers
 /// that wait for one answer before they ask again: they get it at once.
-const SYNCS: pace::Rules = pace::Rules { every: Duration::from_millis(2), busy: 8, company: 150 };
+const SYNCS: pace::Rules =
+    pace::Rules { every: Duration::from_millis(2), busy: 8, company: 150, is_awaited: true };
 /// How often it looks for company while it waits.
 const LOOK_EVERY: Duration = Duration::from_micros(500);
 /// Marks are written along with a batch, at most this often.
