@@ -3,7 +3,10 @@
 //! Nothing here is the truth: it is rebuilt from what is stored at every start.
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::{
+        BTreeMap, BTreeSet,
+        btree_map::{Entry, OccupiedEntry},
+    },
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
@@ -45,19 +48,60 @@ impl Dues {
     }
 }
 
-#[derive(Clone, Copy, Debug, Default)]
-struct Slot {
-    due: Option<Timestamp>,
-    /// Where it stands in the queue, when it does.
-    queued: Option<Timestamp>,
-    /// Where it stood, while somebody works on it.
-    leased: Option<Timestamp>,
+const WORKS: usize = Work::ALL.len();
+
+/// A moment, or none: in half the room of an `Option`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Moment(i64);
+
+impl Moment {
+    const NONE: Self = Self(i64::MIN);
+
+    fn of(at: Option<Timestamp>) -> Self {
+        at.map_or(Self::NONE, |at| Self(at.ms()))
+    }
+
+    fn get(self) -> Option<Timestamp> {
+        (self != Self::NONE).then(|| Timestamp::from_ms(self.0))
+    }
 }
 
-#[derive(Debug, Default)]
+/// Small, because there are tens of thousands, and tens of thousands come and go in a second.
+#[derive(Debug)]
 struct Open {
-    slots: [Slot; Work::ALL.len()],
-    entry: Option<Timestamp>,
+    /// When each kind of work is due.
+    due: [Moment; WORKS],
+    /// Where each stands in its queue; or stood, while somebody works on it.
+    place: [Moment; WORKS],
+    is_leased: [bool; WORKS],
+    entry: Moment,
+}
+
+impl Open {
+    const NEW: Self = Self {
+        due: [Moment::NONE; WORKS],
+        place: [Moment::NONE; WORKS],
+        is_leased: [false; WORKS],
+        entry: Moment::NONE,
+    };
+
+    fn is_leased(&self) -> bool {
+        self.is_leased.contains(&true)
+    }
+
+    fn waits(&self) -> bool {
+        self.due.iter().any(|due| *due != Moment::NONE)
+    }
+
+    /// The scan at start must reach it.
+    fn is_unlisted(&self) -> bool {
+        self.entry == Moment::NONE && self.waits()
+    }
+
+    /// Whether it waits for something that `Due` will not give back.
+    fn waits_here(&self, read_until: Timestamp) -> bool {
+        self.waits() && self.entry.get().is_none_or(|at| at <= read_until)
+    }
 }
 
 type Queue = BTreeSet<(Timestamp, PaymentId)>;
@@ -65,11 +109,11 @@ type Queue = BTreeSet<(Timestamp, PaymentId)>;
 #[derive(Debug)]
 struct Pages {
     open: BTreeMap<PaymentId, Open>,
-    queues: [Queue; Work::ALL.len()],
+    queues: [Queue; WORKS],
     /// What left its queue for a lease: still owed.
-    leased: [Queue; Work::ALL.len()],
-    /// Payments in memory without an entry in `Due`: the scan at start must reach the oldest of them.
-    unlisted: BTreeSet<PaymentId>,
+    leased: [Queue; WORKS],
+    /// No payment below it has to be reached by the scan at start.
+    floor: PaymentId,
     /// Entries in `Due` of payments in memory.
     listed: Queue,
     /// Entries of `Due` up to here are in memory.
@@ -79,7 +123,7 @@ struct Pages {
 #[derive(Debug)]
 pub struct Book {
     pages: Mutex<Pages>,
-    changed: [Arc<Notify>; Work::ALL.len()],
+    changed: [Arc<Notify>; WORKS],
 }
 
 /// Where the scan at start has to begin.
@@ -97,7 +141,7 @@ impl Book {
             open: BTreeMap::new(),
             queues: Default::default(),
             leased: Default::default(),
-            unlisted: BTreeSet::new(),
+            floor: PaymentId::MAX,
             listed: Queue::new(),
             read_until,
         };
@@ -120,9 +164,9 @@ impl Book {
     /// stands in `Due`, if it does.
     pub fn note(&self, payments: impl IntoIterator<Item = (PaymentId, Dues, Option<Timestamp>)>) {
         let mut pages = self.pages();
-        let mut nearer = [false; Work::ALL.len()];
+        let mut nearer = [false; WORKS];
         for (id, dues, entry) in payments {
-            pages.note(id, dues, entry, &mut nearer);
+            pages.note(id, &dues, entry, &mut nearer);
         }
         drop(pages);
         for (notify, nearer) in self.changed.iter().zip(nearer) {
@@ -142,8 +186,7 @@ impl Book {
             }
             pages.queues[work as usize].pop_first();
             let open = pages.open.get_mut(&id).expect("whoever is queued is open");
-            open.slots[work as usize].queued = None;
-            open.slots[work as usize].leased = Some(due);
+            open.is_leased[work as usize] = true;
             pages.leased[work as usize].insert((due, id));
             leased.push(id);
         }
@@ -175,89 +218,105 @@ impl Book {
     }
 
     pub fn floors(&self) -> Floors {
-        let pages = self.pages();
+        let mut pages = self.pages();
+        let from = pages.floor;
+        let unlisted = pages.open.range(from..).find(|(_, open)| open.is_unlisted());
+        let payment = unlisted.map(|(id, _)| *id);
+        pages.floor = payment.unwrap_or(PaymentId::MAX);
         let listed = pages.listed.first().map(|(due, _)| *due);
-        Floors {
-            payment: pages.unlisted.first().copied(),
-            due: listed.map_or(pages.read_until, |due| due.min(pages.read_until)),
-        }
+        Floors { payment, due: listed.map_or(pages.read_until, |due| due.min(pages.read_until)) }
     }
 
     fn release(&self, work: Work, id: PaymentId, not_before: Option<Timestamp>) {
-        let mut pages = self.pages();
-        let Some(open) = pages.open.get_mut(&id) else { return };
-        let slot = &mut open.slots[work as usize];
-        let leased = slot.leased.take();
-        let queued = slot.due.map(|due| not_before.map_or(due, |at| due.max(at)));
-        slot.queued = queued;
-        if let Some(at) = queued {
-            pages.queues[work as usize].insert((at, id));
-        }
-        if let Some(at) = leased {
-            pages.leased[work as usize].remove(&(at, id));
-        }
-        pages.forget_if_idle(id);
-        drop(pages);
         // What is finished wakes nobody: there are tens of thousands a second.
-        if queued.is_some() {
+        if self.pages().release(work, id, not_before) {
             self.changed[work as usize].notify_one();
         }
     }
 }
 
 impl Pages {
-    fn note(&mut self, id: PaymentId, dues: Dues, entry: Option<Timestamp>, nearer: &mut [bool]) {
-        let open = self.open.entry(id).or_default();
+    fn note(
+        &mut self,
+        id: PaymentId,
+        dues: &Dues,
+        entry: Option<Timestamp>,
+        nearer: &mut [bool; WORKS],
+    ) {
+        let mut at = match self.open.entry(id) {
+            Entry::Occupied(at) => at,
+            Entry::Vacant(_) if dues.earliest().is_none() => return,
+            Entry::Vacant(at) => at.insert_entry(Open::NEW),
+        };
+        let open = at.get_mut();
+        let entry = Moment::of(entry);
         if open.entry != entry {
-            if let Some(old) = open.entry {
+            self.listed.extend(entry.get().map(|at| (at, id)));
+            if let Some(old) = std::mem::replace(&mut open.entry, entry).get() {
                 self.listed.remove(&(old, id));
             }
-            open.entry = entry;
-            self.listed.extend(entry.map(|at| (at, id)));
         }
-        for (i, slot) in open.slots.iter_mut().enumerate() {
-            slot.due = dues.0[i];
-            let at = slot.due.filter(|_| slot.leased.is_none());
-            if slot.queued == at {
+        open.due = dues.0.map(Moment::of);
+        if !open.is_leased() && !open.waits_here(self.read_until) {
+            forget(at, &mut self.queues, &mut self.listed);
+            return;
+        }
+        if open.is_unlisted() {
+            self.floor = self.floor.min(id);
+        }
+        for i in (0..WORKS).filter(|i| !open.is_leased[*i]) {
+            let (place, due) = (&mut open.place[i], open.due[i]);
+            if *place == due {
                 continue;
             }
-            if let Some(old) = slot.queued {
+            if let Some(old) = std::mem::replace(place, due).get() {
                 self.queues[i].remove(&(old, id));
             }
-            slot.queued = at;
-            if let Some(at) = at {
+            if let Some(at) = due.get() {
                 nearer[i] |= self.queues[i].first().is_none_or(|(first, _)| at < *first);
                 self.queues[i].insert((at, id));
             }
         }
-        if entry.is_none() && dues.earliest().is_some() {
-            self.unlisted.insert(id);
-        } else {
-            self.unlisted.remove(&id);
-        }
-        self.forget_if_idle(id);
     }
 
-    /// A payment leaves memory when it waits for nothing, or for something that `Due` will give back.
-    fn forget_if_idle(&mut self, id: PaymentId) {
-        let Some(open) = self.open.get(&id) else { return };
-        if open.slots.iter().any(|slot| slot.leased.is_some()) {
-            return;
+    /// True: the work is still owed.
+    fn release(&mut self, work: Work, id: PaymentId, not_before: Option<Timestamp>) -> bool {
+        let i = work as usize;
+        let Entry::Occupied(mut at) = self.open.entry(id) else { return false };
+        let open = at.get_mut();
+        if std::mem::take(&mut open.is_leased[i])
+            && let Some(stood) = std::mem::replace(&mut open.place[i], Moment::NONE).get()
+        {
+            self.leased[i].remove(&(stood, id));
         }
-        let earliest = open.slots.iter().filter_map(|slot| slot.due).min();
-        let listed_later = open.entry.is_some_and(|at| at > self.read_until);
-        if earliest.is_some() && !listed_later {
-            return;
+        if !open.is_leased() && !open.waits_here(self.read_until) {
+            forget(at, &mut self.queues, &mut self.listed);
+            return false;
         }
-        for (i, slot) in open.slots.iter().enumerate() {
-            if let Some(at) = slot.queued {
-                self.queues[i].remove(&(at, id));
-            }
+        let Some(due) = open.due[i].get() else { return false };
+        let due = not_before.map_or(due, |at| due.max(at));
+        if let Some(old) = std::mem::replace(&mut open.place[i], Moment::of(Some(due))).get() {
+            self.queues[i].remove(&(old, id));
         }
-        if let Some(at) = open.entry {
-            self.listed.remove(&(at, id));
+        self.queues[i].insert((due, id));
+        true
+    }
+}
+
+/// A payment leaves memory when it waits for nothing, or for something that `Due` will give back.
+fn forget(
+    open: OccupiedEntry<'_, PaymentId, Open>,
+    queues: &mut [Queue; WORKS],
+    listed: &mut Queue,
+) {
+    let (id, open) = open.remove_entry();
+    for (queue, place) in queues.iter_mut().zip(open.place) {
+        if let Some(at) = place.get() {
+            queue.remove(&(at, id));
         }
-        self.open.remove(&id);
+    }
+    if let Some(at) = open.entry.get() {
+        listed.remove(&(at, id));
     }
 }
 
@@ -353,6 +412,33 @@ mod tests {
         book.note([wake(1, 500_000)]);
         assert_eq!(book.floors(), Floors { payment: Some(id(2)), due: at(500_000) });
         assert_eq!(book.lease(Work::Wake, at(500_000), 9), [id(2), id(1)]);
+    }
+
+    #[test]
+    fn what_waits_for_nothing_leaves_memory_whatever_its_entry() {
+        let book = Book::new(at(100_000));
+        book.note([(id(1), Dues::default(), Some(at(50_000)))]);
+        assert_eq!(book.open(), 0);
+        book.note([wake(1, 50_000)]);
+        book.note([(id(1), Dues::default(), Some(at(50_000)))]);
+        assert_eq!((book.open(), book.backlog(Work::Wake).pending), (0, 0));
+        assert_eq!(book.floors(), Floors { payment: None, due: at(100_000) });
+    }
+
+    #[test]
+    fn the_floor_follows_the_oldest_and_goes_back_for_an_older_one() {
+        let book = Book::new(at(100_000));
+        let floor = |book: &Book| book.floors().payment;
+        book.note([wake(3, 2_000), wake(5, 2_000)]);
+        assert_eq!(floor(&book), Some(id(3)));
+        book.note([(id(3), Dues::default(), None)]);
+        assert_eq!(floor(&book), Some(id(5)));
+        book.note([wake(4, 2_000)]);
+        assert_eq!(floor(&book), Some(id(4)), "an id may be older than its commit");
+        book.note([(id(4), Dues::default(), None), (id(5), Dues::default(), None)]);
+        assert_eq!(floor(&book), None);
+        book.note([wake(1, 2_000)]);
+        assert_eq!(floor(&book), Some(id(1)));
     }
 
     #[test]
