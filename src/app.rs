@@ -9,6 +9,7 @@ use std::{
 use crate::{
     clock::Clock,
     domain::{
+        Text,
         card::Card,
         deliveries::{DeliveryFilter, DeliveryId, DeliveryNo, Standing},
         event,
@@ -53,14 +54,14 @@ pub struct Settings {
 /// A create that has passed validation.
 #[derive(Debug)]
 pub struct NewPayment {
-    pub reservation_id: String,
-    pub user_id: String,
+    pub reservation_id: Text,
+    pub user_id: Text,
     pub amount: Money,
     pub vat: Option<u64>,
     pub method: Method,
     /// `None`: the default scenario.
     pub scenario: Option<Scenario>,
-    pub webhook_url: Option<String>,
+    pub webhook_url: Option<Text>,
     pub metadata: Option<Metadata>,
     pub echo: Option<String>,
     pub card: Option<Card>,
@@ -272,7 +273,7 @@ impl App {
             vat: new.vat,
             method: new.method,
             plan,
-            provider: PROVIDER.to_owned(),
+            provider: Text::const_new(PROVIDER),
             webhook_url: new.webhook_url,
             events: self.settings.events,
             metadata: new.metadata,

@@ -82,7 +82,7 @@ impl Claim {
             event_id: terms.id.event(notification.n),
             topic: notification.topic,
             at: notification.snapshot.at,
-            url: terms.webhook_url.clone(),
+            url: terms.webhook_url.as_deref().map(str::to_owned),
             body: bodies.of(terms, notification),
             trace: terms.trace,
             death: match channel {

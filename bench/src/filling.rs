@@ -106,12 +106,12 @@ impl Filling {
             for n in first..(first + BATCH).min(all) {
                 if n >= self.settled {
                     let now = Timestamp::from_ms(SystemClock.now_ms());
-                    commits.push(created(later.payment(n, now)));
+                    commits.push(created(later.terms(n, now)));
                     continue;
                 }
                 match how {
                     Settled::Told => commits.extend(settled(&at_once, n, self.made_at(n))?),
-                    Settled::Bare => commits.push(created(bare.payment(n, self.made_at(n)))),
+                    Settled::Bare => commits.push(created(bare.terms(n, self.made_at(n)))),
                 }
             }
             Ok(commits)
@@ -128,7 +128,7 @@ fn settled(maker: &Maker, n: u64, at: Timestamp) -> Result<[Commit; 2], String> 
     let after = delivered(&payment, at).ok_or("nothing was owed")?;
     let before = Arc::new(Versioned { payment: payment.clone(), revision: Revision(0) });
     let change = Change::update(before, after);
-    Ok([created(payment), Commit { change: Some(change), reply: None }])
+    Ok([created(payment.terms), Commit { change: Some(change), reply: None }])
 }
 
 /// Commits batches, several at a time.

@@ -1,9 +1,11 @@
-//! Payments as callers make them: what is told apart is random, what repeats is text.
+//! Payments as callers make them: what is told apart is random, what repeats is text. They cost as little as can be: it
+//! counts as the store's.
 
-use std::{sync::Arc, time::Duration};
+use std::{fmt::Write, sync::Arc, time::Duration};
 
 use payment_sim::{
     domain::{
+        Text,
         delivery::{Attempt, Attempted, Channel, RetryPolicy, Verdict},
         event,
         ids::{Idempotency, KeyHash, PaymentId, RequestHash},
@@ -50,25 +52,35 @@ impl Maker {
 
     /// The `n`-th payment, approved and, unless it is bare, with a webhook to be posted. Ids rise with `n`.
     pub fn payment(&self, n: u64, now: Timestamp) -> Payment {
+        Payment::create(self.terms(n, now))
+    }
+
+    /// What the `n`-th payment is made on.
+    ///
+    /// # Panics
+    /// Never: a text takes what is written.
+    pub fn terms(&self, n: u64, now: Timestamp) -> Arc<Terms> {
         let (a, b, c) = (mix(n), mix(n ^ 1 << 62), mix(n ^ 1 << 63));
         let words = |x: u64, y: u64| ((u128::from(x) << 64) | u128::from(y)).to_be_bytes();
-        let webhook_url = || "http://127.0.0.1:9/hooks/payment?shop=0042".to_owned();
+        let mut user_id = Text::from("user-");
+        write!(user_id, "{:07}", mix(n ^ 0x77) % USERS).expect("a text takes what is written");
+        let webhook_url = || "http://127.0.0.1:9/hooks/payment?shop=0042".into();
         let metadata = || Metadata {
-            source: "web".to_owned(),
-            user_agent: "Mozilla/5.0 (X11; Linux x86_64; rv:140.0)".to_owned(),
-            ip_address: "203.0.113.7".to_owned(),
-            session_id: uuid(c, a),
-            tags: [("campaign".to_owned(), "summer".to_owned())].into(),
+            source: "web".into(),
+            user_agent: "Mozilla/5.0 (X11; Linux x86_64; rv:140.0)".into(),
+            ip_address: "203.0.113.7".into(),
+            session_id: uuid(c, a).into(),
+            tags: [("campaign".into(), "summer".into())].into(),
         };
-        Payment::create(Arc::new(Terms {
+        Arc::new(Terms {
             id: id(n, now),
-            reservation_id: uuid(a, b),
-            user_id: format!("user-{:07}", mix(n ^ 0x77) % USERS),
+            reservation_id: uuid(a, b).into(),
+            user_id,
             amount: Money { amount: 10_000 + a % 90_000, currency: self.currency },
             vat: None,
             method: Method::CreditCard,
             plan: Plan::draw(Scenario::Approve, &self.settings, &DrawKey::Idempotency(""), now),
-            provider: "payment-sim".to_owned(),
+            provider: "payment-sim".into(),
             webhook_url: (!self.are_bare).then(webhook_url),
             events: false,
             metadata: (!self.are_bare).then(metadata),
@@ -81,13 +93,13 @@ impl Maker {
                 request: RequestHash(words(c, b)),
             }),
             renderer: event::RENDERER,
-        }))
+        })
     }
 }
 
-/// What creates it in a store.
-pub fn created(payment: Payment) -> Commit {
-    Commit { change: Some(Change::Create { terms: payment.terms, draw: None }), reply: None }
+/// What creates a payment in a store.
+pub const fn created(terms: Arc<Terms>) -> Commit {
+    Commit { change: Some(Change::Create { terms, draw: None }), reply: None }
 }
 
 /// The id of the `n`-th payment.
@@ -117,13 +129,12 @@ pub const fn mix(n: u64) -> u64 {
     n ^ (n >> 31)
 }
 
+/// # Panics
+/// Never: there is room for two digits a byte.
 pub fn uuid(a: u64, b: u64) -> String {
-    format!(
-        "{:08x}-{:04x}-{:04x}-{:04x}-{:012x}",
-        a >> 32,
-        a >> 16 & 0xffff,
-        a & 0xffff,
-        b >> 48,
-        b & 0xffff_ffff_ffff
-    )
+    let mut digits = [0; 32];
+    let bytes = (u128::from(a) << 64 | u128::from(b)).to_be_bytes();
+    hex::encode_to_slice(bytes, &mut digits).expect("two digits a byte");
+    let digits = std::str::from_utf8(&digits).expect("hexadecimal digits");
+    [&digits[..8], &digits[8..12], &digits[12..16], &digits[16..20], &digits[20..]].join("-")
 }

@@ -10,6 +10,7 @@ use super::pb::{common::v1 as common, payment::v1 as pb};
 use crate::{
     app::{self, Key, NewPayment},
     domain::{
+        Text,
         card::{Card, CardInput},
         deliveries::{DeliveryId, Listed},
         delivery::{self, Channel},
@@ -161,13 +162,13 @@ pub fn new_payment(
     let echo = message.echo.and_then(|echo| self::echo(echo, &mut found));
     match (found.into_result(), amount, method) {
         (Ok(()), Some(amount), Some(method)) => Ok(NewPayment {
-            reservation_id: message.reservation_id,
-            user_id: message.user_id,
+            reservation_id: message.reservation_id.into(),
+            user_id: message.user_id.into(),
             amount,
             vat,
             method,
             scenario,
-            webhook_url: Some(message.webhook_url).filter(|url| !url.is_empty()),
+            webhook_url: Some(message.webhook_url).filter(|url| !url.is_empty()).map(Text::from),
             metadata,
             echo,
             card: details.card,
@@ -388,11 +389,11 @@ fn metadata(metadata: pb::PaymentMetadata, found: &mut Violations) -> Metadata {
         found.text("metadata.tags", value, TAG_VALUE_CHARS);
     }
     Metadata {
-        source: metadata.source,
-        user_agent: metadata.user_agent,
-        ip_address: metadata.ip_address,
-        session_id: metadata.session_id,
-        tags: metadata.tags,
+        source: metadata.source.into(),
+        user_agent: metadata.user_agent.into(),
+        ip_address: metadata.ip_address.into(),
+        session_id: metadata.session_id.into(),
+        tags: metadata.tags.into_iter().map(|(name, value)| (name.into(), value.into())).collect(),
     }
 }
 
@@ -580,8 +581,8 @@ pub fn payment(payment: &Payment) -> pb::Payment {
     pb::Payment {
         payment_intent_id: terms.id.intent(),
         payment_id: terms.id.payment(),
-        reservation_id: terms.reservation_id.clone(),
-        user_id: terms.user_id.clone(),
+        reservation_id: owned(&terms.reservation_id),
+        user_id: owned(&terms.user_id),
         status: wire_status(payment.status()).into(),
         amount: Some(wire_money(terms.amount.amount, currency)),
         method: wire_method(terms.method).into(),
@@ -593,7 +594,7 @@ pub fn payment(payment: &Payment) -> pb::Payment {
         metadata: terms.metadata.as_ref().map(wire_metadata),
         scenario: wire_scenario(terms.plan.scenario).into(),
         scenario_name: String::new(),
-        provider: terms.provider.clone(),
+        provider: owned(&terms.provider),
         approval_no: if approved { terms.id.approval_no() } else { String::new() },
         refunded_amount: (refunded > 0).then(|| wire_money(refunded, currency)),
         refunds: refunds(payment, currency),
@@ -640,14 +641,19 @@ fn wire_scenario(scenario: Scenario) -> pb::PaymentScenario {
     }
 }
 
+/// As messages hold texts.
+fn owned(text: &Text) -> String {
+    text.as_str().to_owned()
+}
+
 fn wire_metadata(metadata: &Metadata) -> pb::PaymentMetadata {
     pb::PaymentMetadata {
-        source: metadata.source.clone(),
-        user_agent: metadata.user_agent.clone(),
-        ip_address: metadata.ip_address.clone(),
-        session_id: metadata.session_id.clone(),
+        source: owned(&metadata.source),
+        user_agent: owned(&metadata.user_agent),
+        ip_address: owned(&metadata.ip_address),
+        session_id: owned(&metadata.session_id),
         scenario: pb::PaymentScenario::Unspecified.into(),
-        tags: metadata.tags.clone(),
+        tags: metadata.tags.iter().map(|(name, value)| (owned(name), owned(value))).collect(),
     }
 }
 
@@ -702,7 +708,7 @@ pub fn delivery(payment: &Payment, listed: &Listed<'_>) -> pb::Delivery {
     let terms = &payment.terms;
     let url = match channel {
         Channel::Event | Channel::DeadLetter => String::new(),
-        Channel::Webhook => terms.webhook_url.clone().unwrap_or_default(),
+        Channel::Webhook => terms.webhook_url.as_deref().unwrap_or_default().to_owned(),
     };
     pb::Delivery {
         delivery_id: DeliveryId { payment: terms.id, no: listed.no() }.to_string(),

@@ -8,7 +8,7 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
-use super::{ids::StoreSecret, time::Timestamp, validation::Violations};
+use super::{Text, ids::StoreSecret, time::Timestamp, validation::Violations};
 
 const NUMBER_DIGITS: std::ops::RangeInclusive<usize> = 12..=19;
 const INSTALLMENTS_MAX: i32 = 60;
@@ -17,8 +17,8 @@ const INSTALLMENTS_MAX: i32 = 60;
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Card {
     pub brand: Brand,
-    pub first6: String,
-    pub last4: String,
+    pub first6: Text,
+    pub last4: Text,
     pub digits: u8,
     pub expiry: Option<Expiry>,
     pub installment_months: u8,
@@ -85,8 +85,8 @@ impl CardInput<'_> {
         let number = digits?;
         Some(Card {
             brand: Brand::of(number),
-            first6: number[..6].to_owned(),
-            last4: number[number.len() - 4..].to_owned(),
+            first6: number[..6].into(),
+            last4: number[number.len() - 4..].into(),
             digits: u8::try_from(number.len()).expect("at most 19 digits were let through"),
             expiry: expiry?,
             installment_months: installment_months?,

@@ -15,3 +15,6 @@ pub mod status;
 pub mod time;
 pub mod timeline;
 pub mod validation;
+
+/// A short text lies in place, as most of a payment's do: whoever makes, reads or drops one looks nowhere else.
+pub type Text = compact_str::CompactString;

@@ -3,11 +3,12 @@
 //! `create` and `transition` are the only ways to a new state, and every state carries the
 //! notifications that it owes: neither can be saved without the other.
 
-use std::{borrow::Cow, sync::Arc};
+use std::{collections::BTreeMap, sync::Arc};
 
 use serde::{Deserialize, Serialize};
 
 use super::{
+    Text,
     card::Card,
     deliveries::{DeliveryId, DeliveryNo},
     delivery::{self, Attempted, Channel, Delivery, Notification, RetryPolicy, Snapshot, Topic},
@@ -30,14 +31,14 @@ const SIMULATED_KEPT: usize = 100;
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Terms {
     pub id: PaymentId,
-    pub reservation_id: String,
-    pub user_id: String,
+    pub reservation_id: Text,
+    pub user_id: Text,
     pub amount: Money,
     pub vat: Option<u64>,
     pub method: Method,
     pub plan: Plan,
-    pub provider: String,
-    pub webhook_url: Option<String>,
+    pub provider: Text,
+    pub webhook_url: Option<Text>,
     /// Whether changes are published as events: the sink's setting at creation.
     pub events: bool,
     pub metadata: Option<Metadata>,
@@ -71,11 +72,11 @@ pub enum Method {
 
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Metadata {
-    pub source: String,
-    pub user_agent: String,
-    pub ip_address: String,
-    pub session_id: String,
-    pub tags: std::collections::BTreeMap<String, String>,
+    pub source: Text,
+    pub user_agent: Text,
+    pub ip_address: Text,
+    pub session_id: Text,
+    pub tags: BTreeMap<Text, Text>,
 }
 
 /// W3C trace context of the request that made the payment.
@@ -271,8 +272,7 @@ impl Payment {
             Course::Settles { at } => Next::Settle { at },
             Course::Waits { until } => Next::Expire { at: until },
         };
-        let mut timeline = Timeline::default();
-        timeline.push(Entry {
+        let timeline = Timeline::beginning(Entry {
             at,
             kind: Kind::Created,
             status: Status::Pending,
@@ -686,7 +686,7 @@ impl Payment {
 }
 
 /// One pair for the timeline, none where there is nothing to say.
-fn detail(name: &'static str, value: impl Into<Cow<'static, str>>) -> Detail {
+fn detail(name: &'static str, value: impl Into<Text>) -> Detail {
     let value = value.into();
     if value.is_empty() { Detail::new() } else { vec![(name.into(), value)] }
 }

@@ -1,10 +1,10 @@
 //! What happened to a payment, in order.
 
-use std::borrow::Cow;
+use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
-use super::{status::Status, time::Timestamp};
+use super::{Text, status::Status, time::Timestamp};
 
 /// Past this the oldest entries that are no status change go, and are counted.
 pub const TIMELINE_MAX: usize = 200;
@@ -20,8 +20,8 @@ pub struct Entry {
     pub detail: Detail,
 }
 
-/// Names and values; most are words of ours, which need no copy.
-pub type Detail = Vec<(Cow<'static, str>, Cow<'static, str>)>;
+/// Names and values.
+pub type Detail = Vec<(Text, Text)>;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Kind {
@@ -77,17 +77,26 @@ impl Cause {
 
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Timeline {
-    entries: Vec<Entry>,
+    /// Shared: most of what happens to a payment adds nothing here.
+    entries: Arc<Vec<Entry>>,
     dropped: u32,
 }
 
 impl Timeline {
+    /// With room for what most payments have: their creation and their outcome.
+    pub fn beginning(created: Entry) -> Self {
+        let mut entries = Vec::with_capacity(2);
+        entries.push(created);
+        Self { entries: Arc::new(entries), dropped: 0 }
+    }
+
     pub fn push(&mut self, entry: Entry) {
-        self.entries.push(entry);
-        if self.entries.len() > TIMELINE_MAX
-            && let Some(oldest) = self.entries.iter().position(|e| !e.kind.is_status_change())
+        let entries = Arc::make_mut(&mut self.entries);
+        entries.push(entry);
+        if entries.len() > TIMELINE_MAX
+            && let Some(oldest) = entries.iter().position(|e| !e.kind.is_status_change())
         {
-            self.entries.remove(oldest);
+            entries.remove(oldest);
             self.dropped = self.dropped.saturating_add(1);
         }
     }

@@ -102,8 +102,8 @@ impl Bed {
         let now = self.now();
         Payment::create(Arc::new(Terms {
             id: PaymentId::from_parts(now, n),
-            reservation_id: format!("res-{}", n % 3),
-            user_id: format!("user-{}", n % 2),
+            reservation_id: format!("res-{}", n % 3).into(),
+            user_id: format!("user-{}", n % 2).into(),
             amount: Money { amount: 1_000, currency: Currency::parse("KRW").unwrap() },
             vat: None,
             method: Method::CreditCard,

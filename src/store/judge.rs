@@ -15,6 +15,7 @@ use super::{
     writer::Judged,
 };
 use crate::domain::{
+    Text,
     ids::PaymentId,
     payment::{Payment, Progress},
     time::Timestamp,
@@ -63,7 +64,7 @@ struct Case {
     id: PaymentId,
     progress: Progress,
     /// The reservation that its draw was counted for.
-    drew: Option<String>,
+    drew: Option<Text>,
 }
 
 impl Case {

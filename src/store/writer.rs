@@ -23,6 +23,7 @@ use super::{
 use crate::{
     clock::Stopwatch,
     domain::{
+        Text,
         ids::{Idempotency, KeyHash, PaymentId},
         payment::{Payment, Terms},
         time::Timestamp,
@@ -134,7 +135,7 @@ pub struct Judged {
     /// Of those that go, the ones with a dead delivery.
     pub dead: Vec<PaymentId>,
     /// Reservations of those that go, where their draws were counted.
-    pub drew: BTreeSet<String>,
+    pub drew: BTreeSet<Text>,
 }
 
 fn commits(jobs: &[Job]) -> usize {

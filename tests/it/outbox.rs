@@ -241,7 +241,7 @@ async fn what_came_of_attempts_is_all_kept_and_undoes_no_change() {
     let events = Batches::new(shared.clone(), courier.clone(), mail, jitter(), done.clone());
     let limits = WebhookLimits { concurrency: 100, origin_concurrency: 10, origin_max_rps: None };
     let webhooks = Webhooks::new(shared.clone(), courier.clone(), limits, done);
-    let webhook_url = Some("http://shop.example/hook".to_owned());
+    let webhook_url = Some("http://shop.example/hook".into());
     let new = NewPayment { webhook_url, ..new_payment("r") };
     let id = app.create(new, None, app.now()).await.unwrap().terms.id;
     events.step().await;
@@ -280,7 +280,7 @@ async fn a_step_takes_so_many_of_a_backlog_and_no_more() {
     let limits = WebhookLimits { concurrency: 100, origin_concurrency: 10, origin_max_rps: None };
     let webhooks = Webhooks::new(shared.clone(), courier.clone(), limits, done);
     for _ in 0..BACKLOG {
-        let webhook_url = Some("http://down.example/hook".to_owned());
+        let webhook_url = Some("http://down.example/hook".into());
         app.create(NewPayment { webhook_url, ..new_payment("r") }, None, app.now()).await.unwrap();
     }
     // All of it is taken in, and ten are under way.

@@ -62,8 +62,8 @@ fn payment(n: usize, scenario: Scenario, echo: Option<String>) -> Payment {
     let now = Timestamp::from_ms(ManualClock::at_ms(START).now_ms());
     Payment::create(Arc::new(Terms {
         id: PaymentId::from_parts(now, n as u128),
-        reservation_id: format!("res-{n}"),
-        user_id: format!("user-{}", n % 7),
+        reservation_id: format!("res-{n}").into(),
+        user_id: format!("user-{}", n % 7).into(),
         amount: Money { amount: 1_000, currency: Currency::parse("KRW").expect("a currency") },
         vat: None,
         method: Method::CreditCard,

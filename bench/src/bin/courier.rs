@@ -365,7 +365,7 @@ async fn filled(bench: &Bench, location: &Location, count: u64) -> Result<Arc<dy
     for first in (0..count).step_by(CREATES_AT_A_TIME) {
         let commits = (first..count.min(first + CREATES_AT_A_TIME as u64)).map(|n| {
             let mut payment = maker.payment(n, now);
-            Arc::make_mut(&mut payment.terms).webhook_url = Some(bench.url.clone());
+            Arc::make_mut(&mut payment.terms).webhook_url = Some(bench.url.as_str().into());
             Commit {
                 change: Some(Change::Create { terms: payment.terms, draw: None }),
                 reply: None,

@@ -121,7 +121,7 @@ async fn read(client: &Client, filling: &Filling) -> Result<(), String> {
 async fn list(client: &Client, filling: &Filling) -> Result<(), String> {
     let maker = Maker::new(Duration::ZERO);
     for n in 0..LISTS {
-        let user_id = maker.payment(n, filling.made_at(n)).terms.user_id.clone();
+        let user_id = maker.terms(n, filling.made_at(n)).user_id.to_string();
         for user_id in [user_id, String::new()] {
             let pagination = Some(Pagination { page_size: 100, ..Default::default() });
             let request = ListPaymentsRequest { user_id, pagination, ..Default::default() };

@@ -202,7 +202,7 @@ async fn fill(pending: u64, store: &Arc<Embedded>) -> Result<(), String> {
     let batches = (0..pending).step_by(BATCH as usize).map(|first| {
         let now = Timestamp::from_ms(SystemClock.now_ms());
         let numbers = first..(first + BATCH).min(pending);
-        Ok(numbers.map(|n| created(maker.payment(PENDING_FROM + n, now))).collect())
+        Ok(numbers.map(|n| created(maker.terms(PENDING_FROM + n, now))).collect())
     });
     put(store, batches).await?;
     let mut resting = 0;
@@ -232,7 +232,7 @@ async fn create(load: &Load, store: Arc<Embedded>, seen: Arc<Seen>) {
             tokio::time::sleep(left).await;
         }
         let now = Timestamp::from_ms(SystemClock.now_ms());
-        let commits = (0..BATCH).map(|k| created(maker.payment(i * BATCH + k, now))).collect();
+        let commits = (0..BATCH).map(|k| created(maker.terms(i * BATCH + k, now))).collect();
         let (store, seen) = (Arc::clone(&store), Arc::clone(&seen));
         answers.spawn(async move {
             for answer in store.commit(commits).await {

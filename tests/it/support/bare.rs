@@ -44,8 +44,8 @@ pub fn outbox(clock: &ManualClock) -> (Shared, App) {
 
 pub fn new_payment(reservation: &str) -> NewPayment {
     NewPayment {
-        reservation_id: reservation.to_owned(),
-        user_id: "user-1".to_owned(),
+        reservation_id: reservation.into(),
+        user_id: "user-1".into(),
         amount: Money { amount: 1_000, currency: Currency::parse("KRW").unwrap() },
         vat: None,
         method: Method::CreditCard,
