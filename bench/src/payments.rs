@@ -1,7 +1,7 @@
 //! Payments as callers make them: what is told apart is random, what repeats is text. They cost as little as can be: it
 //! counts as the store's.
 
-use std::{fmt::Write, sync::Arc, time::Duration};
+use std::{sync::Arc, time::Duration};
 
 use payment_sim::{
     domain::{
@@ -23,6 +23,7 @@ pub const USERS: u64 = 10_000;
 pub struct Maker {
     settings: Settings,
     currency: Currency,
+    users: Vec<Text>,
     are_bare: bool,
 }
 
@@ -39,7 +40,8 @@ impl Maker {
             seed: 0,
         };
         let currency = Currency::parse("KRW").expect("a currency of ISO 4217");
-        Self { settings, currency, are_bare: false }
+        let users = (0..USERS).map(|user| format!("user-{user:07}").into()).collect();
+        Self { settings, currency, users, are_bare: false }
     }
 
     /// Of payments as the load creates them: with what a create must say and nothing else, so that none owes a webhook.
@@ -56,14 +58,9 @@ impl Maker {
     }
 
     /// What the `n`-th payment is made on.
-    ///
-    /// # Panics
-    /// Never: a text takes what is written.
     pub fn terms(&self, n: u64, now: Timestamp) -> Arc<Terms> {
         let (a, b, c) = (mix(n), mix(n ^ 1 << 62), mix(n ^ 1 << 63));
         let words = |x: u64, y: u64| ((u128::from(x) << 64) | u128::from(y)).to_be_bytes();
-        let mut user_id = Text::from("user-");
-        write!(user_id, "{:07}", mix(n ^ 0x77) % USERS).expect("a text takes what is written");
         let webhook_url = || "http://127.0.0.1:9/hooks/payment?shop=0042".into();
         let metadata = || Metadata {
             source: "web".into(),
@@ -75,7 +72,7 @@ impl Maker {
         Arc::new(Terms {
             id: id(n, now),
             reservation_id: uuid(a, b).into(),
-            user_id,
+            user_id: self.users[(mix(n ^ 0x77) % USERS) as usize].clone(),
             amount: Money { amount: 10_000 + a % 90_000, currency: self.currency },
             vat: None,
             method: Method::CreditCard,
