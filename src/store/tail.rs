@@ -38,28 +38,21 @@ pub struct Layer {
     payments: usize,
 }
 
-const PARTS: usize = 64;
+/// By the first byte.
+const PARTS: usize = 256;
 
 /// Hashed with our secret, all of it: nobody outside can choose entries that collide.
 #[derive(Default)]
 struct Part {
     keys: FxHashMap<KeyHash, (RequestHash, PaymentId)>,
-    places: Vec<Place>,
-    /// The last place of each name.
-    last: FxHashMap<[u8; 8], usize>,
+    /// Names, and whose they are. A list reads all of its part: to have each name found at once, every payment would
+    /// pay.
+    places: Vec<([u8; 8], PaymentId)>,
 }
 
 struct Sizes {
     keys: usize,
     places: usize,
-    names: usize,
-}
-
-struct Place {
-    name: [u8; 8],
-    id: PaymentId,
-    /// Of the same name.
-    before: Option<usize>,
 }
 
 impl Default for Layer {
@@ -69,13 +62,9 @@ impl Default for Layer {
     }
 }
 
-fn map_with_room<K, V>(entries: usize) -> FxHashMap<K, V> {
-    FxHashMap::with_capacity_and_hasher(entries, FxBuildHasher)
-}
-
 /// Rises with the bytes.
 fn part(bytes: &[u8]) -> usize {
-    usize::from(bytes[0]) * PARTS / 256
+    usize::from(bytes[0])
 }
 
 impl Tail {
@@ -147,20 +136,15 @@ impl Tail {
 
 impl Layer {
     fn sizes(&self) -> Vec<Sizes> {
-        let sizes = |part: &Part| Sizes {
-            keys: part.keys.len(),
-            places: part.places.len(),
-            names: part.last.len(),
-        };
+        let sizes = |part: &Part| Sizes { keys: part.keys.len(), places: part.places.len() };
         self.parts.iter().map(sizes).collect()
     }
 
     /// Empty, with room in its parts: maps that grow move all that they hold, again and again.
     fn with_room(sizes: Vec<Sizes>) -> Self {
-        let part = |Sizes { keys, places, names }| Part {
-            keys: map_with_room(keys),
+        let part = |Sizes { keys, places }| Part {
+            keys: FxHashMap::with_capacity_and_hasher(keys, FxBuildHasher),
             places: Vec::with_capacity(places),
-            last: map_with_room(names),
         };
         Self { parts: sizes.into_iter().map(part).collect(), oldest: None, payments: 0 }
     }
@@ -171,9 +155,7 @@ impl Layer {
             self.parts[part(&key.0)].keys.insert(key, (request, id));
         }
         for name in derived.names {
-            let Part { places, last, .. } = &mut self.parts[part(&name)];
-            let before = last.insert(name, places.len());
-            places.push(Place { name, id, before });
+            self.parts[part(&name)].places.push((name, id));
         }
         self.oldest = Some(self.oldest.map_or(id, |oldest| oldest.min(id)));
         self.payments += 1;
@@ -184,13 +166,8 @@ impl Layer {
     }
 
     fn ids(&self, name: [u8; 8]) -> impl Iterator<Item = PaymentId> {
-        let part = &self.parts[part(&name)];
-        let mut at = part.last.get(&name).copied();
-        std::iter::from_fn(move || {
-            let place = &part.places[at?];
-            at = place.before;
-            Some(place.id)
-        })
+        let places = self.parts[part(&name)].places.iter();
+        places.filter(move |(other, _)| *other == name).map(|(_, id)| *id)
     }
 
     /// All keys, and whose they are.
@@ -218,7 +195,7 @@ impl Layer {
         let mut rows = Vec::with_capacity(self.payments * 2);
         for part in &self.parts {
             let begin = rows.len();
-            rows.extend(part.places.iter().map(|place| record::index_key(place.name, place.id)));
+            rows.extend(part.places.iter().map(|(name, id)| record::index_key(*name, *id)));
             rows[begin..].sort_unstable();
         }
         rows.dedup();
