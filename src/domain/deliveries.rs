@@ -104,8 +104,7 @@ impl Payment {
 impl Progress {
     /// Whether anything was given up, and not ordered again since.
     pub fn has_dead(&self) -> bool {
-        let dead = |n: &Notification, channel| n.delivery(channel).is_some_and(Delivery::is_dead);
-        self.notifications.iter().any(|n| Channel::ALL.into_iter().any(|c| dead(n, c)))
+        self.notifications.iter().any(Notification::has_dead)
     }
 }
 

@@ -322,6 +322,10 @@ impl Notification {
     pub fn is_owed(&self) -> bool {
         Channel::ALL.iter().any(|c| self.delivery(*c).is_some_and(|d| d.due().is_some()))
     }
+
+    pub fn has_dead(&self) -> bool {
+        Channel::ALL.iter().any(|c| self.delivery(*c).is_some_and(Delivery::is_dead))
+    }
 }
 
 /// The notification to attempt next on a channel: the first that keeps to the order and is still owed,

@@ -9,17 +9,13 @@ use std::{
 };
 
 use super::{
-    StoreError, Versioned, record,
+    StoreError, Versioned,
+    record::{self, Standing},
     shared::Shared,
     tables::{Span, Table},
     writer::Judged,
 };
-use crate::domain::{
-    Text,
-    ids::PaymentId,
-    payment::{Payment, Progress},
-    time::Timestamp,
-};
+use crate::domain::{Text, ids::PaymentId, payment::Payment, time::Timestamp};
 
 /// Payments judged in one go, to bound memory.
 const LOOK_AHEAD: usize = 8_000;
@@ -52,32 +48,25 @@ enum Fate {
     NotYet,
 }
 
-/// A payment as it lies in the tables, newest bytes.
-struct Row {
-    id: PaymentId,
-    terms: Vec<u8>,
-    state: Option<Vec<u8>>,
-}
-
 /// What a payment is judged by.
 struct Case {
     id: PaymentId,
-    progress: Progress,
+    standing: Standing,
     /// The reservation that its draw was counted for.
     drew: Option<Text>,
 }
 
+/// Of those that are damaged, why they cannot be judged.
+type Cases = Vec<(PaymentId, Result<Case, StoreError>)>;
+
 impl Case {
-    /// Most have a state and drew nothing: of their terms no more is read than says so, and where the rest is damaged
-    /// they go all the same.
-    fn of(row: &Row) -> Result<Self, StoreError> {
-        let Row { id, terms, state } = row;
-        match state {
-            Some(state) if !record::scenario(terms)?.draws() => {
-                let (_, progress) = record::read_progress(state)?;
-                Ok(Self { id: *id, progress, drew: None })
-            }
-            state => record::payment(terms, state.as_deref()).map(Self::from),
+    /// As it lies in the tables, but for its state. Most drew nothing: of their terms no more is read than says so, and
+    /// where the rest is damaged they go all the same.
+    fn of(terms: &[u8]) -> Result<Self, StoreError> {
+        let head = record::terms_head(terms)?;
+        match head.draws() {
+            true => record::payment(terms, None).map(Self::from),
+            false => Ok(Self { id: head.id, standing: head.standing(), drew: None }),
         }
     }
 }
@@ -85,9 +74,10 @@ impl Case {
 impl From<Versioned> for Case {
     fn from(stored: Versioned) -> Self {
         let Payment { terms, progress } = stored.payment;
+        let standing = Standing::from(&progress);
         let has_counted = terms.idempotency.is_none() && terms.plan.scenario.draws();
         let drew = has_counted.then(|| terms.reservation_id.clone());
-        Self { id: terms.id, progress, drew }
+        Self { id: terms.id, standing, drew }
     }
 }
 
@@ -142,9 +132,8 @@ impl<'a> Judge<'a> {
 
     /// At the next payments above the horizon.
     pub fn look_ahead(&mut self) -> Result<(), StoreError> {
-        for row in self.rows()? {
-            let id = row.id;
-            match Case::of(&row) {
+        for (id, case) in self.cases()? {
+            match case {
                 Ok(case) => match self.fate(&case) {
                     Fate::Goes { early } => self.goes(case, early),
                     Fate::Stays => self.judged.kept.push(id),
@@ -172,9 +161,9 @@ impl<'a> Judge<'a> {
     }
 
     fn fate(&self, case: &Case) -> Fate {
-        if !case.progress.is_settled() {
+        if !case.standing.is_settled {
             Fate::Stays
-        } else if self.is_expired(case.progress.updated_at) {
+        } else if self.is_expired(case.standing.updated_at) {
             Fate::Goes { early: false }
         } else if self.surplus > 0 {
             Fate::Goes { early: true }
@@ -186,11 +175,11 @@ impl<'a> Judge<'a> {
     }
 
     fn goes(&mut self, case: Case, early: bool) {
-        let Case { id, progress, drew } = case;
+        let Case { id, standing, drew } = case;
         self.surplus = self.surplus.saturating_sub(1);
         self.early += u64::from(early);
         self.judged.gone.push(id);
-        if progress.has_dead() {
+        if standing.has_dead {
             self.judged.dead.push(id);
         }
         self.judged.drew.extend(drew);
@@ -198,31 +187,39 @@ impl<'a> Judge<'a> {
 
     /// The next payments, each with its state: two walks side by side, since each look-up by itself would
     /// cost as much as all the rest.
-    fn rows(&mut self) -> Result<Vec<Row>, StoreError> {
-        let mut rows: Vec<Row> = Vec::new();
+    fn cases(&mut self) -> Result<Cases, StoreError> {
+        let mut cases = Cases::new();
         let shared = self.shared;
         shared.scan(Table::Payment, self.ahead(), &mut |key, terms| {
             let Ok(id) = record::id(key) else { return ControlFlow::Continue(()) };
-            let too_young = !self.is_expired(id.made_at()) && rows.len() as u64 >= self.surplus;
-            if too_young || rows.len() == LOOK_AHEAD {
+            let too_young = !self.is_expired(id.made_at()) && cases.len() as u64 >= self.surplus;
+            if too_young || cases.len() == LOOK_AHEAD {
                 (self.has_ended, self.is_done) = (false, too_young);
                 return ControlFlow::Break(());
             }
-            rows.push(Row { id, terms: terms.to_vec(), state: None });
+            cases.push((id, Case::of(terms)));
             ControlFlow::Continue(())
         })?;
-        let (Some(first), Some(last)) = (rows.first(), rows.last()) else { return Ok(rows) };
-        let [from, to] = [first, last].map(|row| Bound::Included(row.id.bytes().to_vec()));
+        let (Some((first, _)), Some((last, _))) = (cases.first(), cases.last()) else {
+            return Ok(cases);
+        };
+        let [from, to] = [first, last].map(|id| Bound::Included(id.bytes().to_vec()));
         let mut at = 0;
         shared.scan(Table::State, Span::forwards(from, to), &mut |key, state| {
-            while rows.get(at).is_some_and(|row| row.id.bytes().as_slice() < key) {
+            while cases.get(at).is_some_and(|(id, _)| id.bytes().as_slice() < key) {
                 at += 1;
             }
-            if let Some(row) = rows.get_mut(at).filter(|row| row.id.bytes().as_slice() == key) {
-                row.state = Some(state.to_vec());
+            if let Some((id, case)) = cases.get_mut(at)
+                && id.bytes().as_slice() == key
+                && let Ok(known) = case
+            {
+                match record::standing(state) {
+                    Ok(standing) => known.standing = standing,
+                    Err(error) => *case = Err(error),
+                }
             }
             ControlFlow::Continue(())
         })?;
-        Ok(rows)
+        Ok(cases)
     }
 }

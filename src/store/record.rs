@@ -1,9 +1,12 @@
 //! Bytes of the records. The first byte of each is its version, so that one store can hold several.
 
-use std::{ops::Bound, sync::Arc};
+use std::{fmt, marker::PhantomData, ops::Bound, sync::Arc};
 
 use postcard::ser_flavors::Flavor;
-use serde::{Deserialize, Serialize};
+use serde::{
+    Deserialize, Deserializer, Serialize,
+    de::{SeqAccess, Visitor},
+};
 
 use super::{
     Revision, StoreError, Versioned,
@@ -11,11 +14,16 @@ use super::{
     tables::{Span, Table},
 };
 use crate::domain::{
+    card::Card,
+    delivery::Notification,
     ids::{PaymentId, RequestHash},
     money::Money,
-    payment::{Method, Payment, Progress, Terms},
-    scenario::{Plan, Scenario},
+    payment::{Method, Payment, PaymentState, Progress, Terms},
+    refund::Refund,
+    scenario::Plan,
+    status::Status,
     time::Timestamp,
+    timeline,
 };
 
 const VERSION: u8 = 1;
@@ -85,26 +93,116 @@ pub fn revision(state: Option<&[u8]>) -> Result<Revision, StoreError> {
     })
 }
 
-/// What a `State` entry says, without its terms.
-pub fn read_progress(state: &[u8]) -> Result<(Revision, Progress), StoreError> {
-    decode::<(u64, Progress)>(state, "state").map(|(n, progress)| (Revision(n), progress))
+/// What retention asks of a payment's progress.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Standing {
+    pub is_settled: bool,
+    pub has_dead: bool,
+    pub updated_at: Timestamp,
+}
+
+impl From<&Progress> for Standing {
+    fn from(progress: &Progress) -> Self {
+        Self {
+            is_settled: progress.is_settled(),
+            has_dead: progress.has_dead(),
+            updated_at: progress.updated_at,
+        }
+    }
+}
+
+/// The standing of a payment by its `State` entry: what says nothing of it is passed over, not taken in.
+pub fn standing(state: &[u8]) -> Result<Standing, StoreError> {
+    let (_, brief) = decode::<(u64, ProgressBrief<'_>)>(state, "state")?;
+    let is_owed = brief.notifications.iter().any(Notification::is_owed);
+    Ok(Standing {
+        is_settled: brief.state.wakes_at().is_none() && !is_owed,
+        has_dead: brief.notifications.iter().any(Notification::has_dead),
+        updated_at: brief.updated_at,
+    })
+}
+
+/// `Progress`, in the order of its fields.
+#[derive(Deserialize)]
+struct ProgressBrief<'a> {
+    state: PaymentState,
+    _version: u32,
+    updated_at: Timestamp,
+    _card: Option<Card>,
+    _vat: Option<u64>,
+    _refunds: Passed<Refund>,
+    #[serde(borrow)]
+    _timeline: (Passed<EntryBrief<'a>>, u32),
+    notifications: Vec<Notification>,
+}
+
+/// An entry of the timeline.
+#[derive(Deserialize)]
+struct EntryBrief<'a> {
+    _at: Timestamp,
+    _kind: timeline::Kind,
+    _status: Status,
+    _cause: timeline::Cause,
+    #[serde(borrow)]
+    _detail: Passed<(&'a str, &'a str)>,
+}
+
+/// A sequence of which nothing is kept.
+struct Passed<T>(PhantomData<T>);
+
+impl<'de, T: Deserialize<'de>> Deserialize<'de> for Passed<T> {
+    fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
+        from.deserialize_seq(Self(PhantomData))
+    }
+}
+
+impl<'de, T: Deserialize<'de>> Visitor<'de> for Passed<T> {
+    type Value = Self;
+
+    fn expecting(&self, to: &mut fmt::Formatter<'_>) -> fmt::Result {
+        to.write_str("a sequence")
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut elements: A) -> Result<Self, A::Error> {
+        while elements.next_element::<T>()?.is_some() {}
+        Ok(self)
+    }
 }
 
 /// What `Terms` begin with: fields stand in a record in their order.
 #[derive(Deserialize)]
-struct TermsHead<'a> {
-    _id: PaymentId,
+pub struct TermsHead<'a> {
+    pub id: PaymentId,
     _reservation_id: &'a [u8],
     _user_id: &'a [u8],
     _amount: Money,
     _vat: Option<u64>,
     _method: Method,
     plan: Plan,
+    _provider: &'a [u8],
+    webhook_url: Option<&'a [u8]>,
+    events: bool,
 }
 
-/// The scenario of a payment; the rest is not looked at.
-pub fn scenario(terms: &[u8]) -> Result<Scenario, StoreError> {
-    decode::<TermsHead<'_>>(terms, "payment").map(|head| head.plan.scenario)
+/// The rest is not looked at.
+pub fn terms_head(terms: &[u8]) -> Result<TermsHead<'_>, StoreError> {
+    decode(terms, "payment")
+}
+
+impl TermsHead<'_> {
+    pub const fn draws(&self) -> bool {
+        self.plan.scenario.draws()
+    }
+
+    /// That of a payment without a `State` entry.
+    pub fn standing(&self) -> Standing {
+        let is_told = self.events || self.webhook_url.is_some();
+        Standing {
+            is_settled: self.plan.decided_at_once().is_some() && !is_told,
+            has_dead: false,
+            updated_at: self.id.made_at(),
+        }
+    }
 }
 
 pub fn payment(terms: &[u8], state: Option<&[u8]>) -> Result<Versioned, StoreError> {
@@ -112,8 +210,8 @@ pub fn payment(terms: &[u8], state: Option<&[u8]>) -> Result<Versioned, StoreErr
     let Some(state) = state else {
         return Ok(Versioned { payment: Payment::create(terms), revision: Revision(0) });
     };
-    let (revision, progress) = read_progress(state)?;
-    Ok(Versioned { payment: Payment { terms, progress }, revision })
+    let (n, progress) = decode(state, "state")?;
+    Ok(Versioned { payment: Payment { terms, progress }, revision: Revision(n) })
 }
 
 /// Request hash, then payment id: fixed width, read on every keyed create.
@@ -207,18 +305,27 @@ pub fn id(key: &[u8]) -> Result<PaymentId, StoreError> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::domain::payment::tests::payment;
+    use crate::domain::{Text, payment::tests::payment, scenario::Scenario};
 
     #[test]
     fn what_is_read_alone_is_what_the_whole_says() {
         for scenario in Scenario::ALL {
             let Payment { terms: mut whole, progress: changed } = payment(scenario);
-            Arc::make_mut(&mut whole).vat = Some(90_909);
-            let (mut bytes, mut state) = (Vec::new(), Vec::new());
-            terms(&whole, &mut bytes);
+            let mut state = Vec::new();
             progress(Revision(300), &changed, &mut state);
-            assert_eq!(super::scenario(&bytes), Ok(whole.plan.scenario));
-            assert_eq!(read_progress(&state), Ok((Revision(300), changed)));
+            assert_eq!(standing(&state), Ok(Standing::from(&changed)));
+            Arc::make_mut(&mut whole).vat = Some(90_909);
+            for (url, events) in [(None, false), (None, true), (Some("http://a.example/"), false)] {
+                let changed = Arc::make_mut(&mut whole);
+                (changed.webhook_url, changed.events) = (url.map(Text::from), events);
+                let mut bytes = Vec::new();
+                terms(&whole, &mut bytes);
+                let head = terms_head(&bytes).expect("as it was written");
+                assert_eq!((head.id, head.draws()), (whole.id, scenario.draws()));
+                let created = Payment::create(Arc::clone(&whole)).progress;
+                assert_eq!(head.standing().is_settled, created.is_settled());
+                assert_eq!(head.standing().has_dead, created.has_dead());
+            }
         }
     }
 }
