@@ -353,7 +353,7 @@ impl Writer {
         if let Some(Idempotency { key, request }) = terms.idempotency {
             stage.keys.insert(key, Remembered::Created { request, id: terms.id });
         }
-        if terms.id < shared.horizon.mark() {
+        if !shared.horizon.has(terms.id) {
             // An id may be older than its commit, and the horizon have passed it since.
             stage.keep(terms.id);
         }
