@@ -305,12 +305,31 @@ pub fn id(key: &[u8]) -> Result<PaymentId, StoreError> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::domain::{Text, payment::tests::payment, scenario::Scenario};
+    use crate::domain::{
+        Text,
+        card::{Brand, Expiry},
+        payment::tests::payment,
+        scenario::Scenario,
+    };
 
     #[test]
     fn what_is_read_alone_is_what_the_whole_says() {
         for scenario in Scenario::ALL {
-            let Payment { terms: mut whole, progress: changed } = payment(scenario);
+            let Payment { terms: mut whole, progress: mut changed } = payment(scenario);
+            // Whatever lies before what is read.
+            changed.vat = Some(90_909);
+            changed.card = Some(Card {
+                brand: Brand::Visa,
+                first6: "424242".into(),
+                last4: "4242".into(),
+                digits: 16,
+                expiry: Some(Expiry { month: 12, year: 2030 }),
+                installment_months: 3,
+                fingerprint: [7; 16],
+            });
+            let reason = "a reason that is longer than what lies in place".to_owned();
+            let at = changed.updated_at;
+            changed.refunds.push(Refund { amount: 5, vat: Some(1), reason, at });
             let mut state = Vec::new();
             progress(Revision(300), &changed, &mut state);
             assert_eq!(standing(&state), Ok(Standing::from(&changed)));
